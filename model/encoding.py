@@ -1,0 +1,132 @@
+"""The Encoding layer: every position votes softly for codewords, the scene is the sum of its residuals.
+
+Zhang et al., "Context Encoding for Semantic Segmentation" (CVPR 2018), section 3.1, equation 1. The code's `scale` is
+minus the paper's smoothing factor s_k, so that the assignment logits are `scale_k * ||x_i - c_k||^2`.
+
+`encode` is the operator `torch.ops.encnet.encode`: opaque to tracing (so that it is exported as one node), with a fake
+implementation, autograd and float32 arithmetic under autocast. `encode_reference` is its readable twin.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def check_arguments(x: Tensor, codewords: Tensor, scale: Tensor) -> None:
+    """Raise ValueError naming the argument and both shapes, or TypeError for a dtype that is not floating."""
+    for name, tensor in (("x", x), ("codewords", codewords), ("scale", scale)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"encode: {name} must be floating point, got {tensor.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"encode: x must be (B, D, H, W), got {tuple(x.shape)}")
+    if codewords.dim() != 2 or codewords.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"encode: codewords must be (K, D) with D = {x.shape[1]} as in x {tuple(x.shape)}, "
+            f"got {tuple(codewords.shape)}"
+        )
+    if scale.dim() != 1 or scale.shape[0] != codewords.shape[0]:
+        raise ValueError(
+            f"encode: scale must be (K,) with K = {codewords.shape[0]} as in codewords {tuple(codewords.shape)}, "
+            f"got {tuple(scale.shape)}"
+        )
+
+
+def _positions(x: Tensor) -> Tensor:
+    """(B, D, H, W) -> (B, N, D): a view for contiguous and for channels_last memory; float64 stays, else float32."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return wide.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _squared_distances(positions: Tensor, codewords: Tensor) -> Tensor:
+    """(B, N, D), (K, D) -> (B, N, K). ||x||^2 is computed: it does not cancel in a softmax whose scales differ."""
+    cross = positions @ codewords.t()
+    return positions.square().sum(-1, keepdim=True) - 2 * cross + codewords.square().sum(-1)
+
+
+def _factor(reference_positions: float, positions: int) -> float:
+    return reference_positions / max(positions, 1) if reference_positions else 1.0
+
+
+def encode_reference(x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float = 0.0) -> Tensor:
+    """The specification in matmul form, differentiable by autograd.
+
+    x: (B, D, H, W); codewords: (K, D); scale: (K,). Returns (B, K, D), float32 (float64 for float64 input):
+    E_k = sum_i A_ik (x_i - c_k), A = softmax_k(scale_k ||x_i - c_k||^2), times reference_positions / N unless 0.
+    """
+    positions = _positions(x)
+    codewords, scale = codewords.to(positions.dtype), scale.to(positions.dtype)
+    weights = torch.softmax(scale * _squared_distances(positions, codewords), dim=-1)
+    encoded = weights.transpose(1, 2) @ positions - weights.sum(1).unsqueeze(-1) * codewords
+    return encoded * _factor(reference_positions, positions.shape[1])
+
+
+@torch.library.custom_op("encnet::encode", mutates_args=())
+def encode(x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float = 0.0) -> Tensor:
+    """The operator; arguments, result and mathematics are those of `encode_reference`.
+
+    Raises ValueError and TypeError as `check_arguments` does.
+    """
+    check_arguments(x, codewords, scale)
+    with torch.autocast(x.device.type, enabled=False):
+        return encode_reference(x, codewords, scale, reference_positions)
+
+
+@encode.register_fake
+def _(x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float = 0.0) -> Tensor:
+    check_arguments(x, codewords, scale)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((x.shape[0], codewords.shape[0], x.shape[1]), dtype=dtype)
+
+
+def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, codewords, scale, ctx.reference_positions = inputs
+    ctx.save_for_backward(x, codewords, scale)
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    """The specification's closed form (section 5.1), the weights computed anew from the three saved inputs."""
+    x, codewords, scale = ctx.saved_tensors
+    with torch.autocast(x.device.type, enabled=False):
+        positions = _positions(x)
+        c, s = codewords.to(positions.dtype), scale.to(positions.dtype)
+        g = grad.to(positions.dtype) * _factor(ctx.reference_positions, positions.shape[1])
+        distances = _squared_distances(positions, c)
+        weights = torch.softmax(s * distances, dim=-1)
+        projection = positions @ g.transpose(1, 2) - (g * c).sum(-1).unsqueeze(1)
+        grad_logits = weights * (projection - (weights * projection).sum(-1, keepdim=True))
+        grad_scale = (grad_logits * distances).sum((0, 1))
+        w = 2 * s * grad_logits
+        grad_x = weights @ g + w.sum(-1, keepdim=True) * positions - w @ c
+        grad_codewords = (
+            w.sum((0, 1)).unsqueeze(-1) * c
+            - (w.transpose(1, 2) @ positions).sum(0)
+            - (weights.sum(1).unsqueeze(-1) * g).sum(0)
+        )
+    batch, _, height, width = x.shape
+    grad_x = grad_x.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return grad_x.to(x.dtype), grad_codewords.to(codewords.dtype), grad_scale.to(scale.dtype), None
+
+
+encode.register_autograd(_backward, setup_context=_save_inputs)
+
+
+class Encoding(nn.Module):
+    """A learned codebook and its smoothing factors; (B, D, H, W) -> (B, K, D), float32.
+
+    reference_positions: see `encode_reference`.
+    """
+
+    def __init__(self, channels: int, codewords: int, reference_positions: float = 0.0) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(codewords * channels)
+        self.codewords = nn.Parameter(torch.empty(codewords, channels).uniform_(-bound, bound))
+        self.scale = nn.Parameter(torch.empty(codewords).uniform_(-1, 0))
+        self.reference_positions = reference_positions
+
+    def forward(self, x: Tensor) -> Tensor:
+        return encode(x, self.codewords, self.scale, self.reference_positions)
+
+    def extra_repr(self) -> str:
+        codewords, channels = self.codewords.shape
+        return f"channels={channels}, codewords={codewords}, reference_positions={self.reference_positions:g}"

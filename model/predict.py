@@ -1,0 +1,73 @@
+"""Inference in PyTorch, whole pictures at several scales: the readable twin of the exported graph."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.encnet import EncNet
+
+
+class Prediction(NamedTuple):
+    """probabilities: (N, C, H, W) at the pictures' own size; presence: (N, C); both float32 in 0..1."""
+
+    probabilities: Tensor
+    presence: Tensor
+
+
+def view_size(height: int, width: int, base_size: int, scale: float) -> tuple[int, int]:
+    """Size (height, width) of a view: the long side becomes ceil(base_size * scale), the short side keeps the aspect.
+
+    Rounding is the authors': int(short * long' / long + 0.5), at least 1 pixel.
+    """
+    long_side = math.ceil(base_size * scale)
+    short_side = max(1, int(min(height, width) * long_side / max(height, width) + 0.5))
+    return (long_side, short_side) if height > width else (short_side, long_side)
+
+
+def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (N, H, W, 3) RGB -> float32 (N, 3, H, W), (x / 255 - mean) / std."""
+    x = image.permute(0, 3, 1, 2).float() / 255
+    return (x - x.new_tensor(mean).view(1, 3, 1, 1)) / x.new_tensor(std).view(1, 3, 1, 1)
+
+
+@torch.inference_mode()
+def predict(
+    model: EncNet,
+    image: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    base_size: int,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> Prediction:
+    """Mean over the views of softmax (pixels) and sigmoid (presence).
+
+    image: uint8 (N, H, W, 3) RGB on the model's device. Each view is the picture resized bilinearly (antialiased when
+    it shrinks) to `view_size`; with `flip`, its mirror image too.
+    """
+    pixels = normalise(image, mean, std)
+    height, width = pixels.shape[-2:]
+    probabilities = presence = None
+    for scale in scales:
+        size = view_size(height, width, base_size, scale)
+        view = pixels
+        if size != (height, width):
+            view = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+        for mirrored in (False, True) if flip else (False,):
+            outputs = model(view.flip(-1) if mirrored else view)
+            logits = outputs.logits.flip(-1) if mirrored else outputs.logits
+            logits = F.interpolate(
+                logits.float(), size=(height, width), mode="bilinear", align_corners=model.config.align_corners
+            )
+            views = len(scales) * (2 if flip else 1)
+            softmax, sigmoid = logits.softmax(1) / views, outputs.presence_logits.float().sigmoid() / views
+            probabilities = softmax if probabilities is None else probabilities + softmax
+            presence = sigmoid if presence is None else presence + sigmoid
+    if probabilities is None or presence is None:
+        raise ValueError("scales must name at least one scale")
+    return Prediction(probabilities, presence)

@@ -1,0 +1,145 @@
+"""A training recipe: one flat set of options, from a TOML file and key=value words, checked before anything starts."""
+
+import ast
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+
+
+class RecipeError(ValueError):
+    """An option that does not exist or a value that does not fit it."""
+
+
+def option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every option of `python -m model.train`; the help texts below are the documentation."""
+
+    name: str = option("encnet", "name the model travels under")
+    licence: str = option("", "licence note that travels with the weights")
+    description: str = option("", "one sentence that travels with the weights")
+
+    backbone: str = option("resnet50s", "resnet{18,34,50,101} + '' (7x7 stem), 's' (64-64-128) or 'c' (32-32-64)")
+    output_stride: int = option(8, "8 or 16, pixels per feature position")
+    channels: int = option(512, "D, width of the head")
+    codewords: int = option(32, "K, number of codewords")
+    lateral: bool = option(False, "fuse stages 2 and 3 into the head")
+    detail: int = option(0, "channels of the stride-4 refinement before the classifier; 0: none")
+    auxiliary: bool = option(True, "FCN head on stage 3 while training")
+    stage3_presence: bool = option(False, "the paper's second SE-loss, on stage 3")
+    dropout: float = option(0.1, "probability, before each pixel classifier")
+    align_corners: bool = option(True, "bilinear resizes map corner to corner")
+    reference_positions: float = option(0.0, "N_ref of the Encoding layer, (crop / stride)^2 is usual; 0: plain sum")
+
+    base_size: int = option(520, "long side in pixels at scale 1")
+    crop: int = option(480, "side of a training crop in pixels")
+    scale_min: float = option(0.5, "smallest random scale")
+    scale_max: float = option(2.0, "largest random scale")
+    mirror: bool = option(True, "mirror half of the crops")
+    rotation: float = option(10.0, "largest rotation in degrees, either way")
+    jitter: float = option(0.3, "largest relative change of brightness, contrast and saturation")
+
+    epochs: int = option(120, "passes over the train split")
+    batch: int = option(16, "crops per step, over all processes together")
+    optimizer: str = option("sgd", "sgd or adamw")
+    learning_rate: float = option(0.01, "at the end of the warm-up")
+    head_rate: float = option(10.0, "multiplies the learning rate of everything but the backbone")
+    momentum: float = option(0.9, "of sgd; adamw keeps its betas (0.9, 0.999)")
+    weight_decay: float = option(1e-4, "on every parameter, decoupled with adamw")
+    schedule: str = option("poly", "poly or cosine, per step, to 0")
+    power: float = option(0.9, "exponent of poly")
+    warmup: int = option(0, "steps of linear warm-up")
+    clip: float = option(0.0, "largest gradient norm; 0: no clipping")
+    ema: float = option(0.0, "decay per step of the averaged weights that are evaluated and kept; 0: none")
+    precision: str = option("fp32", "fp32, bf16 or fp16 (fp16: CUDA only)")
+    channels_last: bool = option(True, "channels_last memory")
+    presence_weight: float = option(0.2, "weight of the SE-loss")
+    auxiliary_weight: float = option(0.2, "weight of the auxiliary head's loss")
+    class_balance: float = option(0.0, "class weights are (1 / pixel frequency) to this power; 0: none")
+    seed: int = option(0, "of weights, order, crops and dropout")
+
+    workers: int = option(1, "processes that prepare crops; 0: none")
+    log_every: int = option(20, "steps between log lines")
+    save_every: int = option(200, "steps between saves of last.pt")
+    evaluate_every: int = option(5, "epochs between evaluations; the last epoch is always evaluated")
+
+    def __post_init__(self) -> None:
+        rules = (
+            (self.optimizer in ("sgd", "adamw"), f"optimizer must be sgd or adamw, got {self.optimizer!r}"),
+            (self.schedule in ("poly", "cosine"), f"schedule must be poly or cosine, got {self.schedule!r}"),
+            (self.precision in ("fp32", "bf16", "fp16"), f"precision must be fp32, bf16 or fp16, got {self.precision!r}"),
+            (0 < self.scale_min <= self.scale_max, "scales must satisfy 0 < scale_min <= scale_max"),
+            (0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}"),
+            (0 <= self.jitter < 1, f"jitter must be in [0, 1), got {self.jitter}"),
+            (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
+            *(
+                (getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
+                for key in ("epochs", "batch", "crop", "base_size", "log_every", "save_every", "evaluate_every")
+            ),
+            *(
+                (getattr(self, key) >= 0, f"{key} must not be negative, got {getattr(self, key)}")
+                for key in ("warmup", "clip", "workers", "weight_decay", "rotation", "seed")
+            ),
+        )
+        broken = [message for holds, message in rules if not holds]
+        if broken:
+            raise RecipeError("; ".join(broken))
+
+    def model_config(self, num_classes: int) -> ModelConfig:
+        shared = {field.name for field in dataclasses.fields(ModelConfig)} - {"num_classes"}
+        try:
+            return ModelConfig(num_classes=num_classes, **{key: getattr(self, key) for key in shared})
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+
+
+def read_recipe(path: Path | None, words: list[str]) -> dict[str, Any]:
+    """The options that a TOML file and key=value words set; words win. Raises RecipeError."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not a readable recipe: {error}") from error
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise RecipeError(f"{word!r}: options are given as key=value, for example epochs=50")
+        values[key] = _literal(text)
+    return {key: _checked(key, value) for key, value in values.items()}
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _checked(key: str, value: Any) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    if key not in fields:
+        raise RecipeError(f"unknown option {key!r}; known: {', '.join(fields)}")
+    wanted = type(fields[key].default)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not wanted:
+        raise RecipeError(f"{key} must be {wanted.__name__}, got {value!r}")
+    return value
+
+
+def options_table() -> str:
+    """One line an option: name, default, meaning."""
+    return "\n".join(
+        f"  {field.name + '=' + str(field.default):<28} {field.metadata['help']}"
+        for field in dataclasses.fields(Recipe)
+    )

@@ -1,0 +1,412 @@
+"""Train EncNet: `python -m model.train --data DIR --out DIR [--config RECIPE.toml] [key=value ...]`.
+
+Several processes: `torchrun --nproc-per-node=N -m model.train ...` (DDP with synchronised batch norm; `batch` is the
+number of crops over all processes together).
+
+DIR of --out receives last.pt (weights and everything `--resume` needs), best.pt (weights that did best on the
+validation split), final.pt (weights at the end) and TensorBoard events.
+"""
+
+import argparse
+import copy
+import dataclasses
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from model import sync_batchnorm
+from model.augment import Augmentation, StepSampler, TrainingCrops
+from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from model.data import DataError, SegmentationData, open_dataset, problems
+from model.encnet import EncNet
+from model.figures import sample_row
+from model.losses import Losses, encnet_loss
+from model.metrics import confusion, mean_iou, pixel_accuracy
+from model.predict import normalise, predict
+from model.recipe import Recipe, RecipeError, options_table, read_recipe
+
+BOOKKEEPING = {"workers", "log_every", "save_every", "evaluate_every"}
+SAMPLE_PICTURES = 4
+
+
+def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
+    """Factor on the base rates at a step, 0-based: linear warm-up, then poly or cosine to 0."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(steps - recipe.warmup, 1)
+    if recipe.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return (1 - progress) ** recipe.power
+
+
+def make_optimizer(model: EncNet, recipe: Recipe) -> torch.optim.Optimizer:
+    backbone = set(model.backbone.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": list(model.backbone.parameters()), "base_rate": recipe.learning_rate},
+        {
+            "params": [p for p in model.parameters() if p not in backbone],
+            "base_rate": recipe.learning_rate * recipe.head_rate,
+        },
+    ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.SGD(
+        groups, lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+    )
+
+
+def class_weights(crops: TrainingCrops, num_classes: int, exponent: float) -> Tensor | None:
+    """(C,) float: (1 / pixel frequency)^exponent, scaled so that the mean over pixels is 1; None for exponent 0."""
+    if not exponent:
+        return None
+    counts = sum(numpy.bincount(mask.ravel(), minlength=256)[:num_classes] for _, mask in crops.samples)
+    frequency = torch.from_numpy(numpy.maximum(counts, 1) / numpy.maximum(counts, 1).sum())
+    weights = frequency**-exponent
+    return (weights / (weights * frequency).sum()).float()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move averaged weights and statistics towards the model's; the decay grows into its value over the first steps."""
+    rate = 1 - min(decay, (1 + step) / (10 + step))
+    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, rate)
+        else:
+            mean.copy_(value)
+
+
+def evaluate(model: EncNet, data: SegmentationData, base_size: int, device: torch.device) -> tuple[numpy.ndarray, list]:
+    """Confusion counts over a split at a single scale, and a few (picture, truth, prediction) rows to look at."""
+    counts = numpy.zeros((len(data.classes),) * 2, dtype=numpy.int64)
+    rows = []
+    shown = set(numpy.linspace(0, len(data) - 1, SAMPLE_PICTURES).astype(int).tolist())
+    was_training = model.training
+    model.eval()
+    for index in range(len(data)):
+        image, truth = data.load(index)
+        batch = torch.from_numpy(image).unsqueeze(0).to(device)
+        prediction = predict(model, batch, mean=IMAGENET_MEAN, std=IMAGENET_STD, base_size=base_size)
+        mask = prediction.probabilities.argmax(1)[0].cpu()
+        counts += confusion(mask, torch.from_numpy(truth), len(data.classes))
+        if index in shown:
+            rows.append(sample_row(image, truth, mask.numpy().astype(numpy.uint8), data.palette))
+    model.train(was_training)
+    return counts, rows
+
+
+class Run:
+    """One training run: what is trained, where it stands, and how to save and restore exactly that."""
+
+    def __init__(self, recipe: Recipe, data: Path, out: Path, console: Console) -> None:
+        self.recipe, self.out, self.console = recipe, out, console
+        self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if recipe.batch % self.processes:
+            raise RecipeError(f"batch={recipe.batch} must be a multiple of the {self.processes} processes")
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if recipe.precision == "fp16" and not cuda:
+            raise RecipeError("precision=fp16 needs a CUDA device; use bf16 or fp32 here")
+        if self.processes > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+
+        self.validation = open_dataset(data, "val")
+        train = open_dataset(data, "train")
+        fill = tuple(round(255 * value) for value in IMAGENET_MEAN)
+        options = Augmentation(
+            recipe.crop,
+            recipe.base_size,
+            (recipe.scale_min, recipe.scale_max),
+            recipe.mirror,
+            recipe.rotation,
+            recipe.jitter,
+        )
+        self.crops = TrainingCrops(train, options, recipe.seed, (fill[0], fill[1], fill[2]))
+        self.steps_per_epoch = len(train) // recipe.batch
+        if not self.steps_per_epoch:
+            raise RecipeError(f"batch={recipe.batch} is more than the {len(train)} pictures of the train split")
+        self.steps = self.steps_per_epoch * recipe.epochs
+        self.classes, self.palette = train.classes, train.palette
+
+        torch.manual_seed(recipe.seed)
+        memory = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.network = EncNet(recipe.model_config(len(train.classes))).to(self.device, memory_format=memory)  # type: ignore[call-overload]
+        self.average = copy.deepcopy(self.network).eval() if recipe.ema else self.network
+        self.model: nn.Module = self.network
+        if self.processes > 1:
+            self.network = sync_batchnorm.convert(self.network)  # type: ignore[assignment]
+            self.model = DistributedDataParallel(self.network, device_ids=[self.device.index] if cuda else None)
+        self.optimizer = make_optimizer(self.network, recipe)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
+        weights = class_weights(self.crops, len(self.classes), recipe.class_balance)
+        self.class_weights = weights.to(self.device) if weights is not None else None
+        self.step, self.best = 0, 0.0
+        torch.manual_seed(recipe.seed + 1 + self.rank)
+
+    def checkpoint(self, training: dict[str, Any] | None = None) -> Checkpoint:
+        """The weights worth serving (averaged if the recipe averages) as a checkpoint."""
+        recipe = self.recipe
+        return Checkpoint(
+            config=self.network.config,
+            weights={key: value.contiguous().cpu().clone() for key, value in self.average.state_dict().items()},
+            classes=self.classes,
+            palette=self.palette,
+            base_size=recipe.base_size,
+            name=recipe.name,
+            licence=recipe.licence,
+            description=recipe.description,
+            step=self.step,
+            training=training,
+        )
+
+    def save(self) -> None:
+        """Write last.pt from rank 0; every process must call it."""
+        state = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.device.type == "cuda" else [])]
+        states: list[Any] = [state]
+        if self.processes > 1:
+            states = [None] * self.processes
+            dist.all_gather_object(states, state)
+        if self.rank:
+            return
+        training = {
+            "recipe": dataclasses.asdict(self.recipe),
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": states,
+            "best": self.best,
+        }
+        save_checkpoint(self.out / "last.pt", self.checkpoint(training))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        training = checkpoint.training
+        if training is None:
+            raise CheckpointError(f"{self.out / 'last.pt'}: holds weights only, nothing to resume from")
+        self.network.load_state_dict(training["model"])
+        if self.recipe.ema:
+            self.average.load_state_dict(checkpoint.weights)
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scaler.load_state_dict(training["scaler"])
+        self.step, self.best = checkpoint.step, training["best"]
+        if len(training["random"]) != self.processes:
+            raise RecipeError(
+                f"this run was started with {len(training['random'])} processes; "
+                f"resume it with as many, not with {self.processes}"
+            )
+        cpu, *cuda = training["random"][self.rank]
+        torch.set_rng_state(cpu)
+        for state in cuda:
+            torch.cuda.set_rng_state(state)
+
+    def train_step(self, images: Tensor, masks: Tensor) -> Losses:
+        """One optimizer step on uint8 (B, 3, H, W) and (B, H, W)."""
+        recipe = self.recipe
+        factor = learning_rate_factor(self.step, self.steps, recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_rate"] * factor
+        images, masks = images.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True)
+        batch = normalise(images.permute(0, 2, 3, 1), IMAGENET_MEAN, IMAGENET_STD)
+        if recipe.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
+        with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+            outputs = self.model(batch)
+        losses = encnet_loss(
+            outputs,
+            masks,
+            presence_weight=recipe.presence_weight,
+            auxiliary_weight=recipe.auxiliary_weight,
+            class_weights=self.class_weights,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses.total).backward()
+        if recipe.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        if recipe.ema:
+            update_average(self.average, self.network, recipe.ema, self.step)
+        return losses
+
+
+def train(run: Run) -> None:
+    """From where the run stands to its end, saving, logging and evaluating on the way."""
+    recipe, first = run.recipe, run.rank == 0
+    sampler = StepSampler(
+        len(run.crops), recipe.batch, recipe.epochs, recipe.seed, run.step, run.rank, run.processes
+    )
+    loader = DataLoader(
+        run.crops,
+        batch_sampler=sampler,
+        num_workers=recipe.workers,
+        prefetch_factor=4 if recipe.workers else None,
+        pin_memory=run.device.type == "cuda",
+    )
+    writer = None
+    if first:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run.out / "events"), purge_step=run.step)
+    progress = Progress(
+        TextColumn("epoch {task.fields[epoch]}/" + str(recipe.epochs)),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.1f} crops/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=run.console,
+        disable=not first or not run.console.is_terminal,
+    )
+    run.network.train()
+    with progress:
+        bar = progress.add_task("", total=run.steps, completed=run.step, epoch=0, loss=math.nan, rate=0.0)
+        since, since_step = time.monotonic(), run.step
+        for images, masks in loader:
+            losses = run.train_step(images, masks)
+            epoch = -(-run.step // run.steps_per_epoch)
+            if run.step % recipe.log_every == 0 and first:
+                rate = (run.step - since_step) * recipe.batch / (time.monotonic() - since)
+                since, since_step = time.monotonic(), run.step
+                values = {key: float(value) for key, value in losses._asdict().items()}
+                if not math.isfinite(values["total"]):
+                    raise RecipeError(
+                        f"the loss is {values['total']} at step {run.step}: lower learning_rate, raise warmup or set clip"
+                    )
+                progress.update(bar, completed=run.step, epoch=epoch, loss=values["total"], rate=rate)
+                if not run.console.is_terminal:
+                    run.console.print(
+                        f"epoch {epoch}/{recipe.epochs} step {run.step}/{run.steps} loss {values['total']:.4f} "
+                        f"{rate:.1f} crops/s",
+                        highlight=False,
+                    )
+                assert writer is not None
+                for key, value in values.items():
+                    writer.add_scalar(f"loss/{key}", value, run.step)
+                writer.add_scalar("learning_rate", run.optimizer.param_groups[0]["lr"], run.step)
+                writer.add_scalar("crops_per_second", rate, run.step)
+            at_epoch_end = run.step % run.steps_per_epoch == 0
+            if at_epoch_end and (epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs) and first:
+                assert writer is not None
+                counts, rows = evaluate(run.average, run.validation, recipe.base_size, run.device)
+                miou, accuracy = mean_iou(counts), pixel_accuracy(counts)
+                run.console.print(
+                    f"epoch {epoch}: validation mIoU {100 * miou:.2f}, pixel accuracy {100 * accuracy:.2f}",
+                    highlight=False,
+                )
+                writer.add_scalar("validation/mIoU", miou, run.step)
+                writer.add_scalar("validation/pixel_accuracy", accuracy, run.step)
+                writer.add_image("validation/picture_truth_prediction", numpy.vstack(rows), run.step, dataformats="HWC")
+                if (miou + accuracy) / 2 > run.best:
+                    run.best = (miou + accuracy) / 2
+                    save_checkpoint(run.out / "best.pt", run.checkpoint())
+                since, since_step = time.monotonic(), run.step
+            if run.step % recipe.save_every == 0 or run.step == run.steps:
+                run.save()
+    if first:
+        save_checkpoint(run.out / "final.pt", run.checkpoint())
+        assert writer is not None
+        writer.close()
+        run.console.print(f"wrote {run.out / 'final.pt'}", highlight=False)
+
+
+def check_data(root: Path, console: Console) -> int:
+    """Read every pair of every split that exists; print what is wrong; the number of broken pairs.
+
+    The train and val splits must exist; test may be absent.
+    """
+    broken = 0
+    for split in ("train", "val", "test"):
+        try:
+            data = open_dataset(root, split)
+        except DataError as error:
+            if split == "test":
+                continue
+            console.print(str(error), highlight=False, soft_wrap=True)
+            return 1
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+            for problem in progress.track(problems(data), total=len(data), description=f"checking {split}"):
+                if problem:
+                    broken += 1
+                    console.print(problem, highlight=False, soft_wrap=True)
+        console.print(f"{split}: {len(data)} pictures, {len(data.classes)} classes", highlight=False)
+    return broken
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m model.train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog="options, given as key=value or in the recipe file (defaults shown):\n"
+        + options_table()
+        + "\n\nexample:\n  python -m model.train --data camvid --out runs/a --config model/recipes/camvid.toml epochs=50",
+    )
+    parser.add_argument("options", nargs="*", metavar="key=value", help="recipe options, see below")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (made if absent)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="recipe file (TOML)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it was saved")
+    parser.add_argument("--check-data", action="store_true", help="only check the data set, then stop")
+    return parser.parse_intermixed_args(arguments)
+
+
+def stored_recipe(checkpoint: Checkpoint, given: dict[str, Any]) -> Recipe:
+    """The recipe a run was started with. Options given again must agree, but for bookkeeping."""
+    stored = (checkpoint.training or {}).get("recipe", {})
+    differing = {key for key, value in given.items() if key in stored and stored[key] != value} - BOOKKEEPING
+    if differing:
+        listed = ", ".join(f"{key}={stored[key]} (given {given[key]})" for key in sorted(differing))
+        raise RecipeError(f"--resume continues the run as it was started; it has {listed}")
+    return Recipe(**stored | {key: value for key, value in given.items() if key in BOOKKEEPING})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console(soft_wrap=True)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        given = read_recipe(options.config, options.options)
+        if options.check_data:
+            return 1 if check_data(options.data, console) else 0
+        if options.out is None:
+            raise RecipeError("--out DIR is needed: the folder that receives the checkpoints")
+        last = options.out / "last.pt"
+        if last.exists() and not options.resume:
+            raise RecipeError(f"{options.out} already holds a run; add --resume, or choose another folder")
+        if options.resume and not last.exists():
+            raise RecipeError(f"{last}: nothing to resume from")
+        saved = load_checkpoint(last) if options.resume else None
+        recipe = stored_recipe(saved, given) if saved else Recipe(**given)
+        if int(os.environ.get("RANK", 0)) == 0 and check_data(options.data, console):
+            raise DataError(f"{options.data}: training does not start on a broken data set")
+        options.out.mkdir(parents=True, exist_ok=True)
+        run = Run(recipe, options.data, options.out, console)
+        if saved:
+            run.restore(saved)
+        del saved
+        train(run)
+    except (RecipeError, DataError, CheckpointError) as error:
+        errors.print(f"error: {error}")
+        return 2
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
