@@ -255,6 +255,7 @@ def train(run: Run) -> None:
         num_workers=recipe.workers,
         prefetch_factor=4 if recipe.workers else None,
         pin_memory=run.device.type == "cuda",
+        generator=torch.Generator(),  # its own: the global one decides dropout and must not depend on restarts
     )
     writer = None
     if first:
@@ -281,7 +282,7 @@ def train(run: Run) -> None:
             if run.step % recipe.log_every == 0 and first:
                 rate = (run.step - since_step) * recipe.batch / (time.monotonic() - since)
                 since, since_step = time.monotonic(), run.step
-                values = {key: float(value) for key, value in losses._asdict().items()}
+                values = {key: float(value.detach()) for key, value in losses._asdict().items()}
                 if not math.isfinite(values["total"]):
                     raise RecipeError(
                         f"the loss is {values['total']} at step {run.step}: lower learning_rate, raise warmup or set clip"

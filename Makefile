@@ -1,0 +1,62 @@
+# The verbs a person types. Needs make, Python 3.11+ with venv, and (for training and tests) nothing else.
+
+PYTHON ?= python3
+PORT ?= 8000
+HOST ?= 127.0.0.1
+MODEL ?=
+# Installed only where no torch is importable; a range would take the registry's newest build.
+TORCH ?= torch==2.13.0
+DATA ?= ../shared/data
+
+SERVE_PYTHON := .venv-serve/bin/python
+TEST_PYTHON := .venv/bin/python
+SERVE_REQUIREMENTS := service/requirements$(if $(shell command -v nvidia-smi),-gpu).txt
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test setup lint train-camvid clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
+
+serve: .venv-serve/ready ## set up and serve the embedded model on http://127.0.0.1:8000 (PORT=, HOST=, MODEL=file.onnx)
+	@exec $(SERVE_PYTHON) -m service serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
+
+test: setup lint ## set up and run lint, types and the whole test suite
+	$(TEST_PYTHON) -m pytest
+
+setup: .venv/ready ## everything for training, export and tests, in .venv
+
+lint: .venv/ready ## ruff and mypy
+	$(TEST_PYTHON) -m ruff check .
+	$(TEST_PYTHON) -m ruff format --check .
+	$(TEST_PYTHON) -m mypy
+
+train-camvid: .venv/ready ## train, evaluate and export the embedded model anew (DATA=, about two hours on two CPU cores)
+	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid --config model/recipes/camvid-resnet18c.toml \
+		$(if $(wildcard runs/camvid/last.pt),--resume)
+	$(TEST_PYTHON) -m model.evaluate runs/camvid/final.pt --data $(DATA)/camvid --split test
+	$(TEST_PYTHON) -m export runs/camvid/final.pt --output runs/camvid/camvid.onnx
+
+clean: ## remove the virtual environments and caches (runs/ stays)
+	rm -rf .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache
+
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with PYTHON=python3.x" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(1) || \
+		{ rm -rf $(1); echo "Python has no venv module here; on Debian: apt-get install python3-venv" >&2; exit 1; }
+endef
+
+.venv-serve/ready: service/requirements.txt service/requirements-base.txt service/requirements-gpu.txt
+	@echo "setting up .venv-serve (once, without torch) ..."
+	$(call make_venv,.venv-serve)
+	@$(SERVE_PYTHON) $(PIP_INSTALL) -r $(SERVE_REQUIREMENTS)
+	@touch $@
+
+.venv/ready: requirements.txt service/requirements.txt service/requirements-base.txt
+	@echo "setting up .venv (once, with torch) ..."
+	$(call make_venv,.venv)
+	@$(TEST_PYTHON) -c 'import torch' 2>/dev/null || $(TEST_PYTHON) $(PIP_INSTALL) '$(TORCH)'
+	@$(TEST_PYTHON) $(PIP_INSTALL) -r requirements.txt
+	@touch $@

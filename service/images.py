@@ -1,0 +1,150 @@
+"""Picture file -> RGB pixels: what is accepted, how each pixel mode is read, and why a file is refused.
+
+| mode in the file             | what the network sees                                                              |
+|------------------------------|------------------------------------------------------------------------------------|
+| RGB, 8 bits                  | as it is                                                                           |
+| grey, black-and-white        | the same value in the three channels                                               |
+| palette                      | the palette's colours                                                              |
+| alpha, or a transparent key  | composited on white, also for grey and palette                                     |
+| 16 bits                      | scaled to 8: 65535 becomes 255, nothing is clipped                                 |
+| CMYK, YCbCr, LAB, HSV        | converted to RGB, without colour profile                                           |
+| animated, or several pages   | the first frame                                                                    |
+| 32-bit integers, floats      | refused: nothing in the file says which value is white                             |
+"""
+
+import io
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from service.errors import InputError
+
+Image.init()  # Pillow loads its readers late otherwise, and the first bad upload would pay for it
+
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
+
+_ALPHA_MODES = {"LA", "PA", "RGBA", "RGBa"}
+_PLAIN_MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+_WHITE_16_BIT = 65535
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture: `pixels` uint8 (H, W, 3) RGB, upright; `mode` and `format` are those of the file."""
+
+    pixels: np.ndarray
+    mode: str
+    format: str
+    exif_applied: bool
+
+    @property
+    def height(self) -> int:
+        """Height in pixels, after orientation."""
+        return self.pixels.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Width in pixels, after orientation."""
+        return self.pixels.shape[1]
+
+
+def too_many_bytes(max_bytes: int) -> InputError:
+    """The error for a file above the limit, the same sentence wherever the limit is met."""
+    return InputError("too_many_bytes", f"the picture file is larger than the {max_bytes} bytes allowed")
+
+
+def decode(data: bytes, *, max_bytes: int, max_pixels: int) -> Picture:
+    """Decode a whole picture file, its orientation applied.
+
+    The pixel count is read from the header and checked before any pixel is decoded; then every pixel is decoded, so
+    that a file cut short is an error and never half a picture.
+
+    Raises InputError with one of the codes empty, too_many_bytes, not_an_image, too_many_pixels, truncated (cut short
+    or damaged) and unsupported.
+    """
+    if not data:
+        raise InputError("empty", "the picture file is empty (zero bytes)")
+    if len(data) > max_bytes:
+        raise too_many_bytes(max_bytes)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_pixels(image.size, max_pixels)
+            name, mode = str(image.format), image.mode
+            orientation = _orientation(image)
+            image.load()
+            upright = _turn_upright(_to_rgb(image), _orientation(image))  # TIFF: load() has turned the pixels already
+            return Picture(np.asarray(upright), mode, name, exif_applied=orientation in range(2, 9))
+    except (InputError, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise InputError("too_many_pixels", f"the picture has more than the {max_pixels} pixels allowed") from None
+    except UnidentifiedImageError:
+        begins_as = _name_by_signature(data)
+        if begins_as:
+            raise _damaged(begins_as) from None
+        known = ", ".join(FORMATS)
+        raise InputError("not_an_image", f"the data is not a picture in a format read here ({known})") from None
+    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
+        _log.debug("undecodable picture", exc_info=True)
+        raise _damaged(_name_by_signature(data) or "picture") from error
+
+
+def _damaged(name: str) -> InputError:
+    return InputError("truncated", f"the {name} file is cut short or damaged and cannot be decoded completely")
+
+
+def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise InputError("unsupported", f"the picture is {width} x {height}: it has no pixels")
+    if width * height > max_pixels:
+        raise InputError(
+            "too_many_pixels",
+            f"the picture is {width} x {height} = {width * height} pixels, more than the {max_pixels} allowed",
+        )
+
+
+def _name_by_signature(data: bytes) -> str | None:
+    """The format whose signature the data begins with, by the test of Pillow's own reader."""
+    for name in FORMATS:
+        accept = Image.OPEN[name][1]
+        if accept is not None and accept(data[:16]):
+            return name
+    return None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 where there is none or the EXIF block cannot be read, as the pixels may well be fine."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        _log.debug("unreadable EXIF", exc_info=True)
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any accepted mode -> RGB, by the table at the top of this file."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        wide = np.asarray(image).astype(np.uint32)
+        grey = (wide * 255 + _WHITE_16_BIT // 2) // _WHITE_16_BIT
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in _ALPHA_MODES or (image.mode in _PLAIN_MODES and image.has_transparency_data):
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    if image.mode in _PLAIN_MODES:
+        return image.convert("RGB")
+    raise InputError("unsupported", f"pictures with pixel mode {image.mode} are not supported; save it with 8 bits")
+
+
+def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """The picture turned as its orientation says, by a fresh EXIF block: the file's own may not survive rewriting."""
+    image.info.clear()
+    exif = image.getexif()
+    exif.clear()
+    exif[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(image)

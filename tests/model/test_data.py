@@ -1,0 +1,118 @@
+"""Every rule of a data set on disk: broken, it is an error that names the file and the rule."""
+
+import json
+
+import numpy
+import pytest
+from model.data import DataError, open_dataset, problems, read_classes
+from PIL import Image
+
+CLASSES = [{"id": 0, "name": "sky", "color": [0, 0, 255]}, {"id": 1, "name": "road", "color": [90, 90, 90]}]
+
+
+def write_folder(root, size=(8, 6), ids=("a", "b")):
+    for name in ("images", "labels", "splits"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    (root / "classes.json").write_text(json.dumps({"classes": CLASSES}))
+    label = numpy.zeros((size[1], size[0]), numpy.uint8)
+    label[0], label[1] = 1, 255
+    for identifier in ids:
+        Image.new("RGB", size, (10, 20, 30)).save(root / "images" / f"{identifier}.png")
+        Image.fromarray(label).save(root / "labels" / f"{identifier}.png")
+    for split in ("train", "val"):
+        (root / "splits" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+    return root
+
+
+def only_problem(root):
+    (problem,) = [p for p in problems(open_dataset(root, "train")) if p]
+    return problem
+
+
+def test_folder_layout(tmp_path):
+    data = open_dataset(write_folder(tmp_path), "train")
+    image, mask = data.load(0)
+    assert data.classes == ["sky", "road"] and data.palette == [[0, 0, 255], [90, 90, 90]] and data.ids == ["a", "b"]
+    assert image.shape == (6, 8, 3) and image.dtype == numpy.uint8 and tuple(image[0, 0]) == (10, 20, 30)
+    assert mask.dtype == numpy.uint8 and mask[:3, 0].tolist() == [1, 255, 0]
+    assert list(problems(data)) == [None, None]
+
+
+def test_camvid_tutorial_layout(tmp_path):
+    for name in ("train", "trainannot"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "train" / "x_1.png")
+    Image.fromarray(numpy.array([[0, 10], [11, 3]], numpy.uint8).repeat(2, 0).repeat(2, 1)).save(
+        tmp_path / "trainannot" / "x_1.png"
+    )
+    (tmp_path / "train.txt").write_text("/SegNet/CamVid/train/x_1.png /SegNet/CamVid/trainannot/x_1.png\n")
+    data = open_dataset(tmp_path, "train")
+    _, mask = data.load(0)
+    assert len(data.classes) == 11 and data.ids == ["x_1"]
+    assert mask[::2, ::2].tolist() == [[0, 10], [255, 3]], "11 is void"
+
+
+def test_a_label_out_of_range(tmp_path):
+    write_folder(tmp_path)
+    Image.fromarray(numpy.full((6, 8), 2, numpy.uint8)).save(tmp_path / "labels" / "b.png")
+    assert "labels/b.png: labels must be 0..1 or 255 (ignore), found 2" in only_problem(tmp_path)
+
+
+def test_a_picture_without_its_label(tmp_path):
+    (write_folder(tmp_path) / "labels" / "a.png").unlink()
+    assert "labels/a.png: no such label map" in only_problem(tmp_path)
+
+
+def test_a_label_without_its_picture(tmp_path):
+    (write_folder(tmp_path) / "images" / "a.png").unlink()
+    assert "images/a.jpg: no such picture" in only_problem(tmp_path)
+
+
+def test_sizes_that_differ(tmp_path):
+    write_folder(tmp_path)
+    Image.new("L", (8, 7)).save(tmp_path / "labels" / "a.png")
+    assert "labels/a.png: a label map must have its picture's size, 8x6, this one is 8x7" in only_problem(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 20])
+def test_an_unreadable_file(tmp_path, keep):
+    path = write_folder(tmp_path) / "images" / "b.png"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "images/b.png: not a readable picture" in only_problem(tmp_path)
+
+
+def test_a_colour_label_map(tmp_path):
+    write_folder(tmp_path)
+    Image.new("RGB", (8, 6)).save(tmp_path / "labels" / "a.png")
+    assert "labels/a.png: a label map must have one channel, this one is RGB" in only_problem(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("classes.json", '{"classes": [{"id": 1, "name": "a", "color": [0, 0, 0]}]}', "ids must be 0, 1, 2"),
+        ("classes.json", '{"classes": [{"id": 0, "name": "a", "color": [0, 0, 999]}]}', "three numbers in 0..255"),
+        ("classes.json", "not json", "expected"),
+        ("splits/train.txt", "", "the split is empty"),
+    ],
+)
+def test_broken_lists(tmp_path, name, content, words):
+    (write_folder(tmp_path) / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        open_dataset(tmp_path, "train")
+
+
+def test_what_is_no_data_set(tmp_path):
+    with pytest.raises(DataError, match="not a data set; expected classes.json"):
+        open_dataset(tmp_path, "train")
+    with pytest.raises(DataError, match="no such data folder"):
+        open_dataset(tmp_path / "absent", "train")
+    with pytest.raises(DataError, match="unknown split 'eval'; splits are train, val, test"):
+        open_dataset(tmp_path, "eval")
+    with pytest.raises(DataError, match="no such split file"):
+        open_dataset(write_folder(tmp_path), "test")
+
+
+def test_classes_are_read_in_the_order_of_their_ids(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"classes": CLASSES[::-1]}))
+    assert read_classes(tmp_path / "c.json") == (["sky", "road"], [[0, 0, 255], [90, 90, 90]])

@@ -1,0 +1,59 @@
+"""The objective: what is counted, what is ignored, and that no batch makes it NaN."""
+
+import pytest
+import torch
+from model.encnet import Outputs
+from model.losses import encnet_loss, presence_targets
+from torch.nn import functional as F
+
+
+def batch():
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 5, 6, generator=random)
+    mask = torch.randint(0, 4, (2, 5, 6), generator=random)
+    mask[0, :2] = 255
+    return logits, mask, torch.randn(2, 4, generator=random)
+
+
+def test_presence_targets_by_hand():
+    mask = torch.tensor([[[0, 0], [255, 3]], [[255, 255], [255, 255]]], dtype=torch.uint8)
+    assert presence_targets(mask, 4).tolist() == [[1, 0, 0, 1], [0, 0, 0, 0]]
+
+
+def test_total_is_the_weighted_sum_of_its_parts():
+    logits, mask, presence = batch()
+    losses = encnet_loss(Outputs(logits, presence, logits * 2, presence * 3), mask)
+    assert losses.pixel == pytest.approx(float(F.cross_entropy(logits, mask, ignore_index=255)), rel=1e-5)
+    assert losses.auxiliary == pytest.approx(float(F.cross_entropy(logits * 2, mask, ignore_index=255)), rel=1e-5)
+    targets = presence_targets(mask, 4)
+    expected = sum(F.binary_cross_entropy_with_logits(p, targets) for p in (presence, presence * 3))
+    assert losses.presence == pytest.approx(float(expected), rel=1e-5)
+    assert losses.total == pytest.approx(float(losses.pixel + 0.2 * losses.presence + 0.2 * losses.auxiliary), rel=1e-5)
+    heavier = encnet_loss(Outputs(logits, presence, logits), mask, presence_weight=1, auxiliary_weight=0)
+    assert heavier.total == pytest.approx(float(heavier.pixel + heavier.presence), rel=1e-5)
+
+
+def test_class_weights_are_those_of_cross_entropy():
+    logits, mask, presence = batch()
+    weights = torch.tensor([0.5, 1.0, 2.0, 3.0])
+    losses = encnet_loss(Outputs(logits, presence), mask, class_weights=weights)
+    assert losses.pixel == pytest.approx(float(F.cross_entropy(logits, mask, weights, ignore_index=255)), rel=1e-5)
+
+
+def test_ignored_pixels_have_no_gradient():
+    logits, mask, presence = batch()
+    logits.requires_grad_()
+    encnet_loss(Outputs(logits, presence), mask).total.backward()
+    assert (logits.grad[0, :, :2] == 0).all() and (logits.grad[0, :, 2:] != 0).all()
+
+
+def test_a_batch_without_labels_costs_zero_for_its_pixels():
+    logits, mask, presence = batch()
+    losses = encnet_loss(Outputs(logits, presence), torch.full_like(mask, 255))
+    assert losses.pixel == 0 and torch.isfinite(losses.total)
+
+
+def test_presence_loss_survives_extreme_half_precision_logits():
+    logits, mask, presence = batch()
+    losses = encnet_loss(Outputs(logits.bfloat16(), (presence * 1e4).bfloat16()), mask)
+    assert losses.total.dtype == torch.float32 and torch.isfinite(losses.total)

@@ -1,0 +1,217 @@
+"""Training as a user meets it: learns, resumes exactly after kill -9, agrees over processes, refuses nonsense."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from model import train
+from model.checkpoint import build_model, load_checkpoint
+from model.recipe import Recipe, RecipeError, read_recipe
+
+from tests.model.folders import write_scenes
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "backbone=resnet18", "channels=16", "codewords=4", "batch=2", "crop=32", "base_size=48", "epochs=3",
+    "optimizer=adamw", "learning_rate=0.002", "head_rate=1.0", "save_every=3", "evaluate_every=3", "log_every=1",
+    "workers=0", "reference_positions=16",
+]  # fmt: skip
+KILLED_AT_STEP_5 = """
+import os, signal, sys
+from model import train
+step = train.Run.train_step
+def train_step(run, images, masks):
+    if run.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(run, images, masks)
+train.Run.train_step = train_step
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def run(*arguments, program=("-m", "model.train"), check=True):
+    process = subprocess.run(
+        [sys.executable, *program, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    if check:
+        assert process.returncode == 0, process.stdout + process.stderr
+    return process
+
+
+def identical(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_resume_after_kill_9_in_mid_epoch_is_exact(scenes, tmp_path):
+    options = [*TINY, "ema=0.9", "dropout=0.3", "clip=1.0", "precision=bf16", "warmup=4"]
+    run("--data", scenes, "--out", tmp_path / "whole", *options)
+    killed = run(
+        "--data", scenes, "--out", tmp_path / "killed", *options, program=("-c", KILLED_AT_STEP_5), check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "killed" / "last.pt").step == 3, "saved at step 3, killed at 5, epoch of 3 steps"
+    assert not (tmp_path / "killed" / "final.pt").exists()
+    run("--data", scenes, "--out", tmp_path / "killed", "--resume")
+    whole, resumed = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    assert identical(whole.weights, resumed.weights), "averaged weights"
+    assert identical(whole.training["model"], resumed.training["model"]), "trained weights"
+    assert whole.step == resumed.step == 9
+
+
+GRADIENTS = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from model import sync_batchnorm
+from model.config import ModelConfig
+from model.encnet import EncNet
+from model.losses import encnet_loss
+
+dist.init_process_group("gloo")
+rank, processes = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+network = EncNet(ModelConfig(3, "resnet18", channels=16, codewords=4, dropout=0.0, stage3_presence=True)).double()
+images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+masks = torch.randint(0, 3, (4, 32, 32))
+masks[0, :20] = 255  # the processes have different numbers of labelled pixels
+model = DistributedDataParallel(sync_batchnorm.convert(network) if processes > 1 else network)
+share = slice(rank * 4 // processes, (rank + 1) * 4 // processes)
+weights = torch.tensor([1.0, 2.0, 3.0])
+encnet_loss(model(images[share]), masks[share], class_weights=weights).total.backward()
+if rank == 0:
+    values = {name: parameter.grad for name, parameter in network.named_parameters()}
+    torch.save(values | {f"buffer {name}": value for name, value in network.named_buffers()}, sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def launch(processes, *arguments):
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    run(*arguments, program=launcher)
+
+
+def test_two_processes_with_half_the_batch_have_the_gradients_of_one_with_all_of_it(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{GRADIENTS}")
+    for processes in (1, 2):
+        launch(processes, script, tmp_path / f"{processes}.pt")
+    one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_torchrun_trains_and_resumes(scenes, tmp_path):
+    options = ["-m", "model.train", "--data", scenes, "--out", tmp_path / "run"]
+    launch(2, *options, *TINY, "epochs=1")
+    assert load_checkpoint(tmp_path / "run" / "final.pt").step == 3
+    refused = run(*options[2:], "--resume", check=False)
+    assert refused.returncode == 2
+    assert "started with 2 processes; resume it with as many, not with 1" in refused.stderr
+
+
+def test_it_learns_and_its_checkpoint_is_complete(scenes, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(["--data", str(scenes), "--out", str(out), *TINY, "epochs=12", "name=bands"]) == 0
+    printed = capsys.readouterr().out
+    assert "validation mIoU" in printed and "step 36/36" in printed
+    checkpoint = load_checkpoint(out / "final.pt")
+    assert checkpoint.classes == ["band 0", "band 1", "band 2"] and checkpoint.base_size == 48
+    assert checkpoint.name == "bands" and checkpoint.step == 36 and checkpoint.training is None
+    assert checkpoint.versions["torch"] == torch.__version__ and checkpoint.config.reference_positions == 16
+    build_model(checkpoint)
+    losses = [float(line.split("loss ")[1].split()[0]) for line in printed.splitlines() if " loss " in line]
+    assert sum(losses[-6:]) < 0.6 * sum(losses[:6])
+    assert list((out / "events").iterdir()) and (out / "best.pt").exists()
+
+
+def test_a_run_is_not_overwritten_and_resume_needs_one(scenes, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "last.pt").write_bytes(b"")
+    assert train.main(["--data", str(scenes), "--out", str(out), *TINY]) == 2
+    assert "already holds a run; add --resume, or choose another folder" in capsys.readouterr().err
+    assert train.main(["--data", str(scenes), "--out", str(tmp_path / "none"), "--resume"]) == 2
+    assert "nothing to resume from" in capsys.readouterr().err
+    assert train.main(["--data", str(scenes), "--out", str(out), "--resume"]) == 2
+    assert "not readable as a PyTorch checkpoint" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_recipe(scenes, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(["--data", str(scenes), "--out", str(out), *TINY, "epochs=1"]) == 0
+    assert train.main(["--data", str(scenes), "--out", str(out), "--resume", "epochs=9"]) == 2
+    assert "it has epochs=1 (given 9)" in capsys.readouterr().err
+
+
+def test_broken_data_stops_before_training(tmp_path, capsys):
+    root = write_scenes(tmp_path / "data")
+    (root / "labels" / "scene_1.png").unlink()
+    assert train.main(["--data", str(root), "--out", str(tmp_path / "run"), *TINY]) == 2
+    assert "scene_1.png: no such label map" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_data(tmp_path, capsys):
+    root = write_scenes(tmp_path / "data")
+    assert train.main(["--data", str(root), "--check-data"]) == 0
+    assert "train: 6 pictures, 3 classes" in capsys.readouterr().out
+    (root / "images" / "scene_0.png").write_bytes(b"not a picture")
+    assert train.main(["--data", str(root), "--check-data"]) == 1
+    assert "images/scene_0.png: not a readable picture" in capsys.readouterr().out
+    assert train.main(["--data", str(tmp_path / "absent"), "--check-data"]) == 1
+    assert "no such data folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["epoch=3"], "unknown option 'epoch'; known: name, "),
+        (["epochs=many"], "epochs must be int, got 'many'"),
+        (["epochs"], "options are given as key=value"),
+        (["epochs=0"], "epochs must be at least 1, got 0"),
+        (["optimizer=lion"], "optimizer must be sgd or adamw"),
+        (["lateral=1"], "lateral must be bool, got 1"),
+    ],
+)
+def test_wrong_options_are_named(words, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**read_recipe(None, words))
+
+
+def test_words_win_over_the_recipe_file(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('epochs = 7\nlearning_rate = 1\noptimizer = "adamw"\n')
+    recipe = Recipe(**read_recipe(path, ["epochs=9", "lateral=true"]))
+    assert (recipe.epochs, recipe.learning_rate, recipe.optimizer, recipe.lateral) == (9, 1.0, "adamw", True)
+    path.write_text("epochs = ")
+    with pytest.raises(RecipeError, match="not a readable recipe"):
+        read_recipe(path, [])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "model" / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_committed_recipes_are_valid(path):
+    Recipe(**read_recipe(path, [])).model_config(11)
+
+
+def test_learning_rate_schedules():
+    poly = Recipe(warmup=10, power=0.9)
+    assert train.learning_rate_factor(0, 110, poly) == pytest.approx(0.1)
+    assert train.learning_rate_factor(9, 110, poly) == pytest.approx(1.0)
+    assert train.learning_rate_factor(60, 110, poly) == pytest.approx(0.5**0.9)
+    cosine = Recipe(schedule="cosine")
+    assert train.learning_rate_factor(50, 100, cosine) == pytest.approx(0.5)
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert "reference_positions=0.0" in text and "--check-data" in text and "example:" in text

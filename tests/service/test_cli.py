@@ -1,0 +1,200 @@
+"""Promise: `python -m service segment` does without HTTP what POST /segment does, and never leaves half a result."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_model import CLASSES, encoded
+from typer.testing import CliRunner, Result
+
+from service.cli import cli, find_pictures, output_names, write_whole
+from service.engine import Engine
+
+MODEL_VARIABLES = ("ENCNET_MODEL", "ENCNET_DEVICE", "ENCNET_THREADS")
+
+
+@pytest.fixture(autouse=True)
+def _small_machine(monkeypatch: pytest.MonkeyPatch, model_file: Path, tmp_path: Path) -> None:
+    for name, value in zip(MODEL_VARIABLES, (str(model_file), "cpu", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture
+def picture(tmp_path: Path, quadrants: np.ndarray) -> Path:
+    path = tmp_path / "street.png"
+    path.write_bytes(encoded(quadrants))
+    return path
+
+
+def test_segment_writes_mask_overlay_and_presence(
+    picture: Path, tmp_path: Path, engine: Engine, quadrants_mask: np.ndarray
+) -> None:
+    result = run("segment", picture, "--output", "out")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "presence.json",
+        "street.mask.png",
+        "street.overlay.jpg",
+    ]
+    np.testing.assert_array_equal(np.asarray(Image.open("out/street.mask.png")), quadrants_mask)
+    assert Image.open("out/street.overlay.jpg").size == (40, 30)
+    summary = json.loads(Path("out/presence.json").read_text())
+    assert summary["model"] == {"name": "encnet-tiny", "sha256": engine.sha256}
+    assert (summary["scales"], summary["flip"], summary["errors"]) == ([1.0], False, [])
+    (entry,) = summary["images"]
+    assert entry["file"] == str(picture)
+    assert entry["image"] == {"width": 40, "height": 30, "exif_applied": False, "mode": "RGB"}
+    assert {row["class"] for row in entry["presence"]} == set(CLASSES)
+    assert "street.mask.png" in result.stdout
+    assert "red" in result.stdout
+
+
+def test_options_reach_the_engine(picture: Path, engine: Engine) -> None:
+    noisy = np.random.default_rng(2).integers(0, 255, (20, 30, 3), np.uint8)
+    picture.write_bytes(encoded(noisy))
+    assert run("segment", picture, "--scales", "0.5,1", "--flip", "--no-overlay").exit_code == 0
+    direct = engine.segment(noisy, (0.5, 1.0), True)
+    np.testing.assert_array_equal(np.asarray(Image.open("segmented/street.mask.png")), direct.mask)
+    assert not Path("segmented/street.overlay.jpg").exists()
+    summary = json.loads(Path("segmented/presence.json").read_text())
+    assert (summary["scales"], summary["flip"]) == ([0.5, 1.0], True)
+
+
+def test_a_bad_picture_is_told_and_the_others_go_on(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:60])
+    (tmp_path / "note.jpg").write_text("hello")
+    (tmp_path / "nothing.jpg").touch()
+    result = run("segment", "cut.png", "note.jpg", "nothing.jpg", "missing.jpg", picture)
+    assert result.exit_code == 1
+    assert Path("segmented/street.mask.png").exists()
+    summary = json.loads(Path("segmented/presence.json").read_text())
+    assert [entry["file"] for entry in summary["images"]] == [str(picture)]
+    assert {error["file"]: error["code"] for error in summary["errors"]} == {
+        "cut.png": "truncated",
+        "note.jpg": "not_an_image",
+        "nothing.jpg": "empty",
+        "missing.jpg": "unreadable",
+    }
+    for error in summary["errors"]:
+        assert f"{error['file']}: {error['message']}" in result.stderr
+    assert "4 of 5 inputs failed" in result.stderr
+
+
+def test_folders_are_taken_without_our_own_outputs(picture: Path, tmp_path: Path) -> None:
+    assert run("segment", tmp_path, "--output", tmp_path).exit_code == 0
+    assert run("segment", tmp_path, "--output", tmp_path).exit_code == 0
+    summary = json.loads((tmp_path / "presence.json").read_text())
+    assert [entry["file"] for entry in summary["images"]] == [str(picture)]
+
+
+def test_a_folder_without_pictures(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = run("segment", "empty")
+    assert result.exit_code == 1
+    assert "no pictures" in result.stderr
+    assert not Path("segmented").exists()
+    assert run("segment", "empty", picture).exit_code == 1
+    assert Path("segmented/street.mask.png").exists()
+
+
+def test_the_same_picture_twice_is_one(picture: Path, tmp_path: Path) -> None:
+    files, errors = find_pictures([picture, tmp_path, tmp_path / "." / "street.png"])
+    assert (files, errors) == ([picture], [])
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["a.jpg", "b.jpg"], ["a", "b"]),
+        (["a.jpg", "a.png"], ["a.jpg", "a.png"]),
+        (["x/a.jpg", "y/a.jpg"], ["a.jpg", "a.jpg-2"]),
+        (["x/a.jpg", "y/a.jpg", "a.jpg-2.png"], ["a.jpg", "a.jpg-2", "a.jpg-2-2"]),
+        (["A.jpg", "a.png"], ["A.jpg", "a.png"]),
+        (["x/A.jpg", "y/a.jpg"], ["A.jpg", "a.jpg-2"]),
+    ],
+)
+def test_no_two_inputs_share_an_output(files: list[str], names: list[str]) -> None:
+    assert output_names([Path(file) for file in files]) == names
+
+
+def test_two_pictures_of_one_name_both_get_their_masks(tmp_path: Path, quadrants: np.ndarray) -> None:
+    for folder, pixels in (("x", quadrants), ("y", quadrants[::-1])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(encoded(pixels))
+    assert run("segment", "x", "y").exit_code == 0
+    entries = json.loads(Path("segmented/presence.json").read_text())["images"]
+    masks = {entry["file"]: np.asarray(Image.open(Path("segmented") / entry["mask"])) for entry in entries}
+    np.testing.assert_array_equal(masks["x/a.png"], masks["y/a.png"][::-1])
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "mask.png"
+    target.write_bytes(b"old")
+
+    def full_disk(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(target, b"new")
+    monkeypatch.undo()
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.png"]
+    write_whole(target, b"new")
+    assert target.read_bytes() == b"new"
+
+
+def test_an_output_that_cannot_be_written_is_a_sentence(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    result = run("segment", picture, "--output", "taken")
+    assert result.exit_code == 1
+    assert "cannot write to taken" in result.stderr
+
+
+def test_a_missing_model_is_a_sentence(picture: Path) -> None:
+    result = run("segment", picture, "--model", "none.onnx")
+    assert result.exit_code == 1
+    assert "none.onnx does not exist" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--scales", "9"], "0.25 to 3"), (["--device", "tpu"], "device"), (["--threads", "-1"], "threads")],
+)
+def test_a_wrong_option_is_a_sentence(picture: Path, arguments: list[str], words: str) -> None:
+    result = run("segment", picture, *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_a_wrong_environment_variable_is_named(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENCNET_MAX_PIXELS", "many")
+    result = run("segment", picture)
+    assert result.exit_code == 2
+    assert "ENCNET_MAX_PIXELS" in result.stderr
+
+
+def test_limits_of_the_environment_apply(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENCNET_MAX_PIXELS", "1199")
+    result = run("segment", picture)
+    assert result.exit_code == 1
+    assert "1199" in result.stderr
+
+
+def test_help_teaches_by_example() -> None:
+    for command in ("segment", "serve"):
+        text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").stdout)
+        assert f"python -m service {command}" in text
+    assert "segment" in run("--help").stdout

@@ -1,0 +1,208 @@
+"""Promise: the engine takes everything from the .onnx file and refuses what is not ours with a sentence."""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from tiny_model import CLASSES, GAIN, METADATA, PALETTE, tiny_model
+
+from service.engine import Engine, ModelError
+
+REQUIRED = [key for key in METADATA if key != "graph"]
+
+
+def refusal(path: Path, device: str = "cpu") -> str:
+    with pytest.raises(ModelError) as caught:
+        Engine(path, device=device)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- segmenting
+
+
+def test_mask_and_presence_are_those_known_by_hand(
+    engine: Engine, quadrants: np.ndarray, quadrants_mask: np.ndarray
+) -> None:
+    result = engine.segment(quadrants)
+    np.testing.assert_array_equal(result.mask, quadrants_mask)
+    assert result.mask.dtype == np.uint8
+    assert result.presence.dtype == np.float32
+    expected = 1 / (1 + np.exp(-GAIN * np.array([0.5, 1, 1, 1])))
+    np.testing.assert_allclose(result.presence, expected, rtol=1e-6)
+    assert result.infer_ms > 0
+
+
+def test_a_class_that_is_absent_has_a_low_score(engine: Engine) -> None:
+    result = engine.segment(np.full((8, 8, 3), (255, 0, 0), np.uint8))
+    assert (result.mask == 1).all()
+    np.testing.assert_allclose(result.presence, 1 / (1 + np.exp(-GAIN * np.array([0.25, 1, -0.5, -0.5]))), rtol=1e-5)
+
+
+def test_scales_are_used(engine: Engine) -> None:
+    dot = np.zeros((9, 11, 3), np.uint8)
+    dot[4, 5] = 255, 0, 0
+    assert engine.segment(dot, scales=[1.0]).mask[4, 5] == 1
+    assert engine.segment(dot, scales=[0.25]).mask[4, 5] == 0
+
+
+def test_flip_of_a_mirrored_picture_is_the_mirrored_answer(engine: Engine, quadrants: np.ndarray) -> None:
+    noisy = np.random.default_rng(0).integers(0, 255, quadrants.shape, np.uint8)
+    assert not np.array_equal(
+        engine.segment(noisy, [0.5], flip=True).mask, engine.segment(noisy, [0.5], flip=False).mask
+    )
+    there = engine.segment(noisy, [0.5], flip=True)
+    back = engine.segment(noisy[:, ::-1], [0.5], flip=True)
+    np.testing.assert_array_equal(back.mask[:, ::-1], there.mask)
+
+
+def test_defaults_are_the_files_own(changed_model: Callable[..., Path], quadrants: np.ndarray) -> None:
+    result = Engine(changed_model(scales="[0.5, 1.0]", flip="true"), "cpu").segment(quadrants)
+    assert result.scales == (0.5, 1.0)
+    assert result.flip is True
+    result = Engine(changed_model(scales="[0.5, 1.0]", flip="true"), "cpu").segment(quadrants, [1.0], False)
+    assert result.scales == (1.0,)
+    assert result.flip is False
+
+
+def test_many_classes_give_a_16_bit_mask(tmp_path: Path, quadrants: np.ndarray, quadrants_mask: np.ndarray) -> None:
+    model = tiny_model(classes=300)
+    names = [f"class{index}" for index in range(300)]
+    helper.set_model_props(
+        model, METADATA | {"classes": str(names).replace("'", '"'), "palette": str([[1, 2, 3]] * 300)}
+    )
+    onnx.save(model, tmp_path / "many.onnx")
+    result = Engine(tmp_path / "many.onnx", "cpu").segment(quadrants)
+    assert result.mask.dtype == np.uint16
+    np.testing.assert_array_equal(result.mask, quadrants_mask)
+    assert result.presence.shape == (300,)
+
+
+def test_threads_may_share_an_engine(engine: Engine, quadrants: np.ndarray) -> None:
+    pictures = [np.roll(quadrants, shift, axis=1) for shift in range(16)]
+    alone = [engine.segment(picture).mask for picture in pictures]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda picture: engine.segment(picture).mask, pictures))
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_a_view_of_an_array_will_do(engine: Engine, quadrants: np.ndarray, quadrants_mask: np.ndarray) -> None:
+    np.testing.assert_array_equal(engine.segment(quadrants[::-1]).mask, quadrants_mask[::-1])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(engine: Engine, image: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        engine.segment(image)
+
+
+@pytest.mark.parametrize("scales", [[], [0.0], [-1.0], [float("nan")]])
+def test_impossible_scales_are_refused(engine: Engine, quadrants: np.ndarray, scales: list[float]) -> None:
+    with pytest.raises(ValueError, match="scales"):
+        engine.segment(quadrants, scales)
+
+
+def test_warm_up_runs(engine: Engine) -> None:
+    engine.warm_up()
+
+
+# ---- metadata
+
+
+def test_metadata_is_read(engine: Engine, model_file: Path) -> None:
+    assert engine.metadata.name == "encnet-tiny"
+    assert list(engine.metadata.classes) == CLASSES
+    assert [list(colour) for colour in engine.metadata.palette] == PALETTE
+    assert engine.metadata.base_size == 64
+    assert engine.metadata.licence is None
+    assert engine.sha256 == hashlib.sha256(model_file.read_bytes()).hexdigest()
+    assert engine.device == "cpu"
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_missing_key_is_named(changed_model: Callable[..., Path], key: str) -> None:
+    message = refusal(changed_model(**{key: None}))
+    assert key in message
+    assert "python -m export CHECKPOINT --output FILE.onnx" in message
+
+
+def test_a_foreign_onnx_file_is_refused(changed_model: Callable[..., Path]) -> None:
+    message = refusal(changed_model(**dict.fromkeys(METADATA)))
+    assert "not an EncNet Serve model" in message
+    assert "python -m export" in message
+
+
+def test_a_core_graph_is_refused(changed_model: Callable[..., Path]) -> None:
+    message = refusal(changed_model(graph="core"))
+    assert "core" in message
+    assert "python -m export" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("format", "encnet-serve/9"),
+        ("classes", "not json"),
+        ("classes", "[]"),
+        ("palette", "[[0, 0, 0]]"),
+        ("palette", "[[0, 0, 0], [0, 0, 256], [1, 1, 1], [2, 2, 2]]"),
+        ("base_size", "0"),
+        ("scales", "[]"),
+        ("flip", "perhaps"),
+        ("mean", "[0.5]"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(changed_model: Callable[..., Path], key: str, text: str) -> None:
+    assert key in refusal(changed_model(**{key: text}))
+
+
+def test_our_metadata_on_another_graph_is_refused(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "other",
+        [value],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(model, METADATA)
+    onnx.save(model, tmp_path / "other.onnx")
+    assert "image, scales, flip" in refusal(tmp_path / "other.onnx")
+
+
+# ---- files that are no model
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "none.onnx")
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    assert "folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a model", b"\x08\x09"])
+def test_a_file_that_is_not_onnx(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(data)
+    assert str(path) in refusal(path)
+
+
+def test_cuda_where_there_is_none(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "CUDA" in refusal(model_file, device="cuda")
+    assert Engine(model_file, device="auto").device == "cpu"

@@ -1,0 +1,279 @@
+"""Promise: every kind of picture file is read as the mode table says, or refused with a code that says why."""
+
+import io
+import random
+import struct
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_model import encoded
+
+from service.errors import InputError
+from service.images import Picture, decode
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
+
+
+def read(data: bytes, max_bytes: int = 1 << 20, max_pixels: int = 1 << 20) -> Picture:
+    return decode(data, max_bytes=max_bytes, max_pixels=max_pixels)
+
+
+def code_of(data: bytes, **limits: int) -> str:
+    with pytest.raises(InputError) as caught:
+        read(data, **limits)
+    assert caught.value.message
+    return caught.value.code
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    """uint8 (24, 32, 3): smooth colours that differ in every corner."""
+    y, x = np.mgrid[:24, :32]
+    return np.stack([x * 8, y * 10, 255 - x * 4 - y * 5], -1).astype(np.uint8)
+
+
+# ---- pixel modes
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
+def test_rgb_is_read_as_it_is(photo: np.ndarray, format: str) -> None:
+    picture = read(encoded(photo, format))
+    np.testing.assert_array_equal(picture.pixels, photo)
+    assert (picture.mode, picture.format, picture.exif_applied) == ("RGB", format, False)
+    assert (picture.width, picture.height) == (32, 24)
+
+
+def test_lossless_webp_is_read_as_it_is(photo: np.ndarray) -> None:
+    np.testing.assert_array_equal(read(encoded(photo, "WEBP", lossless=True)).pixels, photo)
+
+
+@pytest.mark.parametrize(("format", "options"), [("JPEG", {"quality": 95}), ("WEBP", {"quality": 95}), ("AVIF", {})])
+def test_lossy_formats_are_close(photo: np.ndarray, format: str, options: dict) -> None:
+    picture = read(encoded(photo, format, **options))
+    assert np.abs(picture.pixels.astype(int) - photo).mean() < 6
+
+
+def test_grey_is_repeated_in_the_three_channels(photo: np.ndarray) -> None:
+    grey = photo[..., 0]
+    picture = read(encoded(grey))
+    assert picture.mode == "L"
+    np.testing.assert_array_equal(picture.pixels, np.repeat(grey[..., None], 3, -1))
+
+
+def test_black_and_white() -> None:
+    bits = np.array([[True, False], [False, True]])
+    picture = read(encoded(Image.fromarray(bits)))
+    assert picture.mode == "1"
+    np.testing.assert_array_equal(picture.pixels[..., 0], [[255, 0], [0, 255]])
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF", "BMP"])
+def test_palette_is_looked_up(format: str) -> None:
+    image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
+    image.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 250])
+    picture = read(encoded(image, format))
+    assert picture.mode == "P"
+    np.testing.assert_array_equal(picture.pixels, [[[10, 20, 30], [200, 0, 0]], [[0, 0, 250], [200, 0, 0]]])
+
+
+def test_alpha_is_composited_on_white() -> None:
+    pixels = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51]]], np.uint8)
+    picture = read(encoded(pixels))
+    assert picture.mode == "RGBA"
+    np.testing.assert_array_equal(picture.pixels, [[[255, 0, 0], [255, 255, 255], [204, 204, 204]]])
+
+
+def test_grey_with_alpha_is_composited_on_white() -> None:
+    picture = read(encoded(Image.merge("LA", [Image.new("L", (2, 1), 0), Image.fromarray(np.uint8([[255, 0]]))])))
+    assert picture.mode == "LA"
+    np.testing.assert_array_equal(picture.pixels[..., 0], [[0, 255]])
+
+
+@pytest.mark.parametrize(("mode", "format"), [("P", "PNG"), ("P", "GIF"), ("L", "PNG"), ("RGB", "PNG")])
+def test_a_transparent_colour_becomes_white(mode: str, format: str) -> None:
+    image = Image.fromarray(np.uint8([[0, 1]]))
+    if mode == "P":
+        image.putpalette([9, 9, 9, 90, 90, 90])
+    key = (0, 0, 0) if mode == "RGB" else 0
+    picture = read(encoded(image if mode == "P" else image.convert(mode), format, transparency=key))
+    assert picture.pixels[0, 0].tolist() == [255, 255, 255]
+    assert picture.pixels[0, 1].max() < 255
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled_not_clipped(format: str) -> None:
+    wide = np.array([[0, 128, 257, 32896, 65535]], np.uint16)
+    picture = read(encoded(wide, format))
+    np.testing.assert_array_equal(picture.pixels[0, :, 0], [0, 0, 1, 128, 255])
+
+
+def test_sixteen_bit_colour_png_is_scaled() -> None:
+    rows = b"\0" + struct.pack(">6H", 65535, 0x8000, 0, 0, 0x1200, 0xFF00)
+    picture = read(_png(2, 1, bit_depth=16, colour_type=2, rows=rows))
+    np.testing.assert_array_equal(picture.pixels, [[[255, 128, 0], [0, 18, 255]]])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_cmyk(format: str) -> None:
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    picture = read(encoded(image, format))
+    assert picture.mode == "CMYK"
+    assert np.abs(picture.pixels[8, 8].astype(int) - [255, 0, 0]).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_without_a_known_white_are_refused(mode: str) -> None:
+    assert code_of(encoded(Image.new(mode, (4, 4)), "TIFF")) == "unsupported"
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_animated_first_frame(format: str) -> None:
+    first, second = Image.new("RGB", (6, 5), (255, 0, 0)), Image.new("RGB", (6, 5), (0, 255, 0))
+    data = encoded(first, format, save_all=True, append_images=[second])
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    picture = read(data)
+    assert np.abs(picture.pixels.astype(int) - [255, 0, 0]).max() <= 2
+
+
+# ---- orientation
+
+UPRIGHT = np.array([[0, 10, 20], [30, 40, 50]], np.uint8)
+STORED = {  # how the upright picture lies in a file of each EXIF orientation: each row of the standard's table
+    1: UPRIGHT,
+    2: UPRIGHT[:, ::-1],
+    3: UPRIGHT[::-1, ::-1],
+    4: UPRIGHT[::-1],
+    5: UPRIGHT.T,
+    6: UPRIGHT.T[::-1],
+    7: UPRIGHT.T[::-1, ::-1],
+    8: UPRIGHT.T[:, ::-1],
+}
+
+
+def _exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG", "WEBP"])
+def test_exif_orientation(orientation: int, format: str) -> None:
+    block = 16 if format in ("JPEG", "WEBP") else 1  # lossy formats get flat blocks, so that values survive
+    stored = np.kron(STORED[orientation], np.ones((block, block), np.uint8))
+    picture = read(encoded(np.repeat(stored[..., None], 3, -1), format, exif=_exif(orientation)))
+    assert picture.exif_applied == (orientation > 1)
+    assert (picture.height, picture.width) == (2 * block, 3 * block)
+    centres = picture.pixels[block // 2 :: block, block // 2 :: block, 0].astype(int)
+    assert np.abs(centres - UPRIGHT).max() <= 2
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0garbage"])
+def test_a_damaged_exif_block_does_not_deny_the_picture(photo: np.ndarray, exif: bytes) -> None:
+    picture = read(encoded(photo, "JPEG", exif=exif))
+    assert not picture.exif_applied
+    assert picture.pixels.shape == photo.shape
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 60000])
+def test_an_orientation_out_of_the_table_is_ignored(photo: np.ndarray, orientation: int) -> None:
+    assert not read(encoded(photo, exif=_exif(orientation))).exif_applied
+
+
+# ---- files at fault
+
+
+def test_zero_bytes() -> None:
+    assert code_of(b"") == "empty"
+
+
+@pytest.mark.parametrize("data", [b"hello", b"\0" * 100, b"%PDF-1.7 ...", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
+def test_not_an_image(data: bytes) -> None:
+    assert code_of(data) == "not_an_image"
+
+
+def test_formats_outside_the_list_are_not_opened() -> None:
+    assert code_of(encoded(Image.new("RGB", (8, 8)), "EPS")) == "not_an_image"
+
+
+TRUNCATED = {
+    "JPEG": {},
+    "progressive JPEG": {"progressive": True},
+    "PNG": {},
+    "WEBP": {"quality": 80},
+    "lossless WEBP": {"lossless": True},
+    "GIF": {},
+    "BMP": {},
+    "TIFF": {},
+    "deflated TIFF": {"compression": "tiff_adobe_deflate"},
+    "PPM": {},
+    "AVIF": {},
+}
+
+
+@pytest.mark.parametrize("kind", TRUNCATED)
+def test_cut_at_half_is_called_truncated(photo: np.ndarray, kind: str) -> None:
+    data = encoded(photo, kind.split()[-1], **TRUNCATED[kind])
+    assert code_of(data[: len(data) // 2]) == "truncated"
+
+
+@pytest.mark.parametrize("kind", TRUNCATED)
+def test_cut_anywhere_gives_an_error_or_the_whole_picture(photo: np.ndarray, kind: str) -> None:
+    data = encoded(photo, kind.split()[-1], **TRUNCATED[kind])
+    whole = read(data).pixels
+    for length in range(len(data)):
+        try:
+            picture = read(data[:length])
+        except InputError as error:
+            assert error.code in ("empty", "not_an_image", "truncated")
+        else:
+            np.testing.assert_array_equal(picture.pixels, whole, err_msg=f"{length} of {len(data)} bytes")
+
+
+@pytest.mark.parametrize("kind", TRUNCATED)
+def test_damage_anywhere_never_raises_anything_else(photo: np.ndarray, kind: str) -> None:
+    data = encoded(photo, kind.split()[-1], **TRUNCATED[kind])
+    dice = random.Random(kind)
+    for _ in range(60):
+        damaged = bytearray(data)
+        for _ in range(dice.randint(1, 4)):
+            damaged[dice.randrange(len(data))] = dice.randrange(256)
+        try:
+            read(bytes(damaged))
+        except InputError as error:
+            assert error.message
+
+
+# ---- limits
+
+
+def test_too_many_bytes(photo: np.ndarray) -> None:
+    data = encoded(photo)
+    assert read(data, max_bytes=len(data)).width == 32
+    assert code_of(data, max_bytes=len(data) - 1) == "too_many_bytes"
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
+def test_too_many_pixels(photo: np.ndarray, format: str) -> None:
+    data = encoded(photo, format)
+    assert read(data, max_pixels=24 * 32).width == 32
+    assert code_of(data, max_pixels=24 * 32 - 1) == "too_many_pixels"
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000, 2**31 - 1])
+def test_a_bomb_is_refused_by_its_header_alone(side: int) -> None:
+    """Warned about by Pillow, refused by Pillow, and absurd: all the same to us, and no pixel is decoded."""
+    assert code_of(_png(side, side, rows=b"")) == "too_many_pixels"
+
+
+def _png(width: int, height: int, rows: bytes, bit_depth: int = 8, colour_type: int = 0) -> bytes:
+    def chunks() -> Iterator[tuple[bytes, bytes]]:
+        yield b"IHDR", struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+        yield b"IDAT", zlib.compress(rows)
+        yield b"IEND", b""
+
+    body = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
