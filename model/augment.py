@@ -71,9 +71,7 @@ class TrainingCrops(Dataset):
     Pictures are decoded once and kept in memory. Items: uint8 (3, crop, crop) and uint8 (crop, crop).
     """
 
-    def __init__(
-        self, data: SegmentationData, options: Augmentation, seed: int, fill: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, data: SegmentationData, options: Augmentation, seed: int, fill: tuple[int, int, int]) -> None:
         self.samples = [data.load(index) for index in range(len(data))]
         self.options, self.seed, self.fill = options, seed, fill
 

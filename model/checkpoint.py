@@ -1,11 +1,15 @@
-"""Checkpoint files: one .pt with weights and everything needed to use them, always read with `weights_only=True`."""
+"""Checkpoint files: one .pt with weights and everything needed to use them, always read with `weights_only=True`.
+
+Checkpoints in the formats of PyTorch-Encoding and mmsegmentation are read as well (model/foreign.py).
+"""
 
 import hashlib
-import os
 import platform
-import tempfile
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy
@@ -14,6 +18,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.encnet import EncNet
+from model.files import replacing
+from model.foreign import inverse, is_palette, listing, read_foreign, rename
 
 FORMAT = "encnet-serve/1"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -57,6 +63,25 @@ def library_versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "numpy": numpy.__version__, "python": platform.python_version()}
 
 
+FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "weights": dict,
+    "classes": list,
+    "palette": list,
+    "base_size": int,
+    "mean": list,
+    "std": list,
+    "scales": list,
+    "flip": bool,
+    "name": str,
+    "licence": str,
+    "description": str,
+    "step": int,
+    "training": (dict, NoneType),
+    "versions": dict,
+}
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write atomically: a reader or a killed writer never sees half a file."""
     document = {
@@ -77,70 +102,173 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "training": checkpoint.training,
         "versions": library_versions(),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        torch.save(document, file)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of this project.
+    """Read a checkpoint of this project, of PyTorch-Encoding or of mmsegmentation, told apart by its keys.
 
-    Raises CheckpointError for a file that is missing, truncated, not a checkpoint, or incomplete.
+    What foreign weights do not say is assumed as model/foreign.py describes; `source` names the format. Classes are
+    called "class 0".. where the file has no names.
+
+    Raises CheckpointError for a file that is missing, truncated or no checkpoint, that lacks fields or weights or has
+    some left over, or whose weights have wrong shapes or are not finite; the message lists what is wrong.
     """
     document = read_pickle(path)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this project")
-    values = {key: value for key, value in document.items() if key != "format"}
+    if not isinstance(document, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(document).__name__}, not a checkpoint")
     try:
-        config = ModelConfig.from_dict(values.pop("config"))
-        checkpoint = Checkpoint(config=config, **values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: incomplete checkpoint: {error}") from error
-    checkpoint.mean, checkpoint.std = tuple(checkpoint.mean), tuple(checkpoint.std)
-    checkpoint.scales = tuple(checkpoint.scales)
-    checkpoint.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        checkpoint = _native(document) if "format" in document else _foreign(document, name=path.stem)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    with path.open("rb") as file:
+        checkpoint.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return checkpoint
 
 
+def _native(document: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint in a document that `save_checkpoint` wrote; ValueError says what is wrong with it."""
+    found = document["format"]
+    if found != FORMAT:
+        family, _, number = FORMAT.partition("/")
+        match = re.fullmatch(rf"{family}/(\d+)", str(found))
+        if match and int(match[1]) > int(number):
+            raise ValueError(f"format {found!r} was written by a newer version; this one reads {FORMAT!r}")
+        raise ValueError(f"unknown format {found!r}; this version reads {FORMAT!r}")
+    values = {key: value for key, value in document.items() if key != "format"}
+    missing = [key for key in FIELD_TYPES if key not in values]
+    left_over = sorted(key for key in values if key not in FIELD_TYPES)
+    wrong = [
+        f"{key} (a {type(value).__name__})"
+        for key, value in values.items()
+        if key in FIELD_TYPES and not isinstance(value, FIELD_TYPES[key])
+    ]
+    _raise_for(("missing fields", missing), ("left-over fields", left_over), ("fields of a wrong type", wrong))
+
+    checkpoint = Checkpoint(config=ModelConfig.from_dict(values.pop("config")), **values)
+    checkpoint.mean, checkpoint.std = tuple(checkpoint.mean), tuple(checkpoint.std)
+    checkpoint.scales = tuple(checkpoint.scales)
+    classes = checkpoint.config.num_classes
+    rules = (
+        (len(checkpoint.classes) == classes, f"classes must be {classes} names, found {len(checkpoint.classes)}"),
+        (is_palette(checkpoint.palette, classes), f"palette must be {classes} colours of three numbers in 0..255"),
+        (checkpoint.base_size >= 1, f"base_size must be at least 1 pixel, found {checkpoint.base_size}"),
+        (len(checkpoint.mean) == 3, f"mean must be three numbers, found {len(checkpoint.mean)}"),
+        (len(checkpoint.std) == 3 and all(value > 0 for value in checkpoint.std), "std must be three positive numbers"),
+        (checkpoint.scales and all(scale > 0 for scale in checkpoint.scales), "scales must be positive numbers"),
+    )
+    broken = [message for holds, message in rules if not holds]
+    if broken:
+        raise ValueError("; ".join(broken))
+    tensorless = [str(key) for key, value in checkpoint.weights.items() if not isinstance(value, Tensor)]
+    _raise_for(("weights that are no tensors", tensorless))
+    check_weights(checkpoint.config, checkpoint.weights)
+    return checkpoint
+
+
+def _foreign(document: Mapping[str, Any], name: str) -> Checkpoint:
+    """The checkpoint in another project's document; ValueError says what is wrong with it, in that project's keys."""
+    found = read_foreign(document)
+    theirs = inverse(found.table)
+    check_weights(found.config, found.weights, found.unknown, lambda key: rename(key, theirs) or key)
+    return Checkpoint(
+        config=found.config,
+        weights=found.weights,
+        classes=found.classes,
+        palette=found.palette,
+        base_size=found.base_size,
+        name=name,
+        step=found.step,
+        source=found.source,
+    )
+
+
+NUMPY_MAKERS: list[Any] = [numpy.float64(0).__reduce__()[0], numpy.empty(0).__reduce__()[0]]
+INERT_NUMPY: list[Any] = [
+    numpy.ndarray,
+    numpy.dtype,
+    *(getattr(numpy.dtypes, name) for name in numpy.dtypes.__all__),
+    *(
+        (function, f"numpy.{package}.multiarray.{function.__name__}")
+        for function in NUMPY_MAKERS
+        for package in ("core", "_core")
+    ),
+]
+
+
 def read_pickle(path: Path) -> Any:
-    """The object in a .pt / .pth file, tensors on the CPU; code in the file is never run."""
+    """The object in a .pt / .pth file, tensors on the CPU; code in the file is never run.
+
+    Besides what torch allows, numpy's scalars and arrays are read: training scripts leave them beside the weights.
+    Raises CheckpointError, which for an object of another class says how to get the weights out.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(INERT_NUMPY):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not readable as a PyTorch checkpoint (truncated, or no checkpoint): {reason}") from error
+        message = str(error).strip()
+        refused = re.search(r"GLOBAL ([\w.]+)", message)
+        if refused:
+            raise CheckpointError(
+                f"{path}: refused, because besides weights it holds an object of class {refused[1]}, and making one "
+                "runs that class's code; where its library is installed, and if you trust the file, save only the "
+                "weights: "
+                'python -c "import torch; '
+                f"d = torch.load({path.name!r}, map_location='cpu', weights_only=False); "
+                "torch.save({'state_dict': d.get('state_dict', d)}, 'weights.pth')\""
+            ) from error
+        reason = message.splitlines()[0] if message else type(error).__name__
+        raise CheckpointError(
+            f"{path}: not readable as a PyTorch checkpoint (truncated, or no checkpoint): {reason}"
+        ) from error
 
 
 def build_model(checkpoint: Checkpoint) -> EncNet:
     """The network with the checkpoint's weights, in evaluation mode.
 
-    Raises CheckpointError that lists missing and left-over keys and wrong shapes.
+    Raises CheckpointError that lists missing and left-over keys, wrong shapes and weights that are not finite.
     """
-    model = EncNet(checkpoint.config)
-    expected = model.state_dict()
-    missing = sorted(k for k in expected if k not in checkpoint.weights and not k.endswith("num_batches_tracked"))
-    left_over = sorted(k for k in checkpoint.weights if k not in expected)
-    shapes = sorted(
-        f"{key}: expected {tuple(expected[key].shape)}, got {tuple(value.shape)}"
-        for key, value in checkpoint.weights.items()
-        if key in expected and expected[key].shape != value.shape
-    )
-    problems = [
-        f"{title}: {', '.join(items)}"
-        for title, items in (("missing keys", missing), ("left-over keys", left_over), ("wrong shapes", shapes))
-        if items
-    ]
-    if problems:
-        raise CheckpointError("the weights do not fit the configuration; " + "; ".join(problems))
-    model.load_state_dict(checkpoint.weights, strict=False)
+    try:
+        check_weights(checkpoint.config, checkpoint.weights)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    with torch.device("meta"):
+        model = EncNet(checkpoint.config)
+    counters = {key: torch.tensor(0) for key in model.state_dict() if key.endswith("num_batches_tracked")}
+    model.to_empty(device="cpu").load_state_dict({**counters, **checkpoint.weights})
     return model.eval()
+
+
+def check_weights(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    unknown: Iterable[str] = (),
+    name: Callable[[str], str] = str,
+) -> None:
+    """Raise ValueError unless the weights are exactly those of `EncNet(config)`, batch norms' counters aside.
+
+    unknown: keys known to be left over; name: what to call one of our keys in the message.
+    """
+    with torch.device("meta"):
+        expected = EncNet(config).state_dict()
+    missing = [name(key) for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
+    left_over = [*unknown, *(name(key) for key in weights if key not in expected)]
+    fitting = {key: value for key, value in weights.items() if key in expected}
+    shapes = [
+        f"{name(key)} (expected {tuple(expected[key].shape)}, got {tuple(value.shape)})"
+        for key, value in fitting.items()
+        if expected[key].shape != value.shape
+    ]
+    broken = [name(key) for key, value in fitting.items() if not value.isfinite().all()]
+    _raise_for(
+        ("missing keys", missing), ("left-over keys", left_over), ("wrong shapes", shapes), ("NaN or infinite", broken)
+    )
+
+
+def _raise_for(*findings: tuple[str, list[str]]) -> None:
+    problems = [f"{title}: {listing(items)}" for title, items in findings if items]
+    if problems:
+        raise ValueError("; ".join(problems))

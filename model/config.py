@@ -48,7 +48,10 @@ class ModelConfig:
             (self.codewords >= 1, f"codewords must be at least 1, got {self.codewords}"),
             (self.detail >= 0, f"detail must not be negative, got {self.detail}"),
             (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
-            (self.reference_positions >= 0, f"reference_positions must not be negative, got {self.reference_positions}"),
+            (
+                self.reference_positions >= 0,
+                f"reference_positions must not be negative, got {self.reference_positions}",
+            ),
         )
         broken = [message for holds, message in rules if not holds]
         if broken:

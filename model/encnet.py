@@ -107,7 +107,11 @@ class EncHead(nn.Module):
             parts = [features, *(connect(c) for connect, c in zip(self.lateral, (stages.c2, stages.c3), strict=True))]
             if self.upsample_to_c2:
                 size = stages.c2.shape[-2:]
-                parts = [resize(parts[0], size, self.align_corners), parts[1], resize(parts[2], size, self.align_corners)]
+                parts = [
+                    resize(parts[0], size, self.align_corners),
+                    parts[1],
+                    resize(parts[2], size, self.align_corners),
+                ]
             features = self.fusion(torch.cat(parts, 1))
         gated, scene = self.context(features)
         if self.detail is not None:

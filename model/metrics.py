@@ -1,4 +1,4 @@
-"""Segmentation metrics as pure functions on counts."""
+"""Segmentation and presence metrics as pure functions on counts and scores; every rate is in 0..1."""
 
 import numpy
 from torch import Tensor
@@ -16,16 +16,56 @@ def confusion(mask: Tensor, truth: Tensor, num_classes: int) -> numpy.ndarray:
 def intersection_over_union(counts: numpy.ndarray) -> numpy.ndarray:
     """IoU per class from summed confusion counts; NaN for a class in neither truth nor prediction."""
     intersection = numpy.diag(counts).astype(float)
-    union = counts.sum(0) + counts.sum(1) - intersection
-    return numpy.divide(intersection, union, out=numpy.full(len(counts), numpy.nan), where=union > 0)
+    return _ratio(intersection, counts.sum(0) + counts.sum(1) - intersection)
+
+
+def class_accuracy(counts: numpy.ndarray) -> numpy.ndarray:
+    """Share of each class's labelled pixels that were found; NaN for a class without any."""
+    return _ratio(numpy.diag(counts), counts.sum(1))
 
 
 def mean_iou(counts: numpy.ndarray) -> float:
-    """Mean over the classes that occur in truth or prediction, 0..1."""
-    iou = intersection_over_union(counts)
-    return float(numpy.nanmean(iou)) if not numpy.isnan(iou).all() else 0.0
+    """Mean over the classes that occur in truth or prediction."""
+    return mean_defined(intersection_over_union(counts))
+
+
+def mean_iou_authors(counts: numpy.ndarray) -> float:
+    """Mean over all classes, one that occurs nowhere counting 0, as PyTorch-Encoding has it (specification 2.3)."""
+    return float(numpy.nan_to_num(intersection_over_union(counts)).mean())
 
 
 def pixel_accuracy(counts: numpy.ndarray) -> float:
-    """Correct over labelled pixels, 0..1."""
+    """Correct over labelled pixels."""
     return float(numpy.diag(counts).sum() / max(counts.sum(), 1))
+
+
+def average_precision(scores: numpy.ndarray, present: numpy.ndarray) -> float:
+    """Sum over thresholds of precision times the gain in recall, as scikit-learn defines it (no interpolation).
+
+    scores: (P,) float, one per picture; present: (P,) bool. Equal scores are one threshold. NaN when the class is in no
+    picture; 1 when it is in all of them, whatever the scores.
+    """
+    if not present.any():
+        return float("nan")
+    order = numpy.argsort(-scores, kind="stable")
+    last_of_ties = numpy.append(numpy.diff(scores[order]) != 0, True)
+    hits = numpy.cumsum(present[order])[last_of_ties]
+    retrieved = numpy.flatnonzero(last_of_ties) + 1
+    gains = numpy.diff(hits, prepend=0) / present.sum()
+    return float((hits / retrieved * gains).sum())
+
+
+def f1(scores: numpy.ndarray, present: numpy.ndarray, threshold: float = 0.5) -> float:
+    """Harmonic mean of precision and recall of `scores >= threshold`; NaN for a class neither present nor predicted."""
+    predicted = scores >= threshold
+    either = predicted.sum() + present.sum()
+    return float(2 * (predicted & present).sum() / either) if either else float("nan")
+
+
+def mean_defined(values: numpy.ndarray) -> float:
+    """Mean of the values that are not NaN; 0 when there are none."""
+    return float(numpy.nanmean(values)) if not numpy.isnan(values).all() else 0.0
+
+
+def _ratio(part: numpy.ndarray, whole: numpy.ndarray) -> numpy.ndarray:
+    return numpy.divide(part, whole, out=numpy.full(len(whole), numpy.nan), where=whole > 0)

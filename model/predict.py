@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from model.encnet import EncNet
 
+SIZE_TOLERANCE = 1e-3
+
 
 class Prediction(NamedTuple):
     """probabilities: (N, C, H, W) at the pictures' own size; presence: (N, C); both float32 in 0..1."""
@@ -21,11 +23,18 @@ class Prediction(NamedTuple):
 def view_size(height: int, width: int, base_size: int, scale: float) -> tuple[int, int]:
     """Size (height, width) of a view: the long side becomes ceil(base_size * scale), the short side keeps the aspect.
 
-    Rounding is the authors': int(short * long' / long + 0.5), at least 1 pixel.
+    Rounding is the authors': floor(short * long' / long + 1/2), at least 1 pixel. The scale is taken as the float32
+    that the exported graph is given, and what exceeds a whole number by less than SIZE_TOLERANCE is that number: 0.7
+    of 480 pixels are 336, though the float32 nearest to 0.7 gives a little more.
     """
-    long_side = math.ceil(base_size * scale)
-    short_side = max(1, int(min(height, width) * long_side / max(height, width) + 0.5))
-    return (long_side, short_side) if height > width else (short_side, long_side)
+    exact_scale = float(torch.tensor(scale, dtype=torch.float32))
+    long_side = math.ceil(base_size * exact_scale - SIZE_TOLERANCE)
+    longest = max(height, width)
+
+    def view_side(side: int) -> int:
+        return max(1, (2 * side * long_side + longest) // (2 * longest))
+
+    return view_side(height), view_side(width)
 
 
 def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -74,7 +74,10 @@ class Recipe:
         rules = (
             (self.optimizer in ("sgd", "adamw"), f"optimizer must be sgd or adamw, got {self.optimizer!r}"),
             (self.schedule in ("poly", "cosine"), f"schedule must be poly or cosine, got {self.schedule!r}"),
-            (self.precision in ("fp32", "bf16", "fp16"), f"precision must be fp32, bf16 or fp16, got {self.precision!r}"),
+            (
+                self.precision in ("fp32", "bf16", "fp16"),
+                f"precision must be fp32, bf16 or fp16, got {self.precision!r}",
+            ),
             (0 < self.scale_min <= self.scale_max, "scales must satisfy 0 < scale_min <= scale_max"),
             (0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}"),
             (0 <= self.jitter < 1, f"jitter must be in [0, 1), got {self.jitter}"),

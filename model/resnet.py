@@ -158,5 +158,3 @@ def feature_size(pixels: int, output_stride: int) -> int:
     for _ in range(int(math.log2(output_stride))):
         pixels = (pixels + 1) // 2
     return pixels
-
-

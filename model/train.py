@@ -246,9 +246,7 @@ class Run:
 def train(run: Run) -> None:
     """From where the run stands to its end, saving, logging and evaluating on the way."""
     recipe, first = run.recipe, run.rank == 0
-    sampler = StepSampler(
-        len(run.crops), recipe.batch, recipe.epochs, recipe.seed, run.step, run.rank, run.processes
-    )
+    sampler = StepSampler(len(run.crops), recipe.batch, recipe.epochs, recipe.seed, run.step, run.rank, run.processes)
     loader = DataLoader(
         run.crops,
         batch_sampler=sampler,
@@ -285,7 +283,8 @@ def train(run: Run) -> None:
                 values = {key: float(value.detach()) for key, value in losses._asdict().items()}
                 if not math.isfinite(values["total"]):
                     raise RecipeError(
-                        f"the loss is {values['total']} at step {run.step}: lower learning_rate, raise warmup or set clip"
+                        f"the loss is {values['total']} at step {run.step}: "
+                        "lower learning_rate, raise warmup or set clip"
                     )
                 progress.update(bar, completed=run.step, epoch=epoch, loss=values["total"], rate=rate)
                 if not run.console.is_terminal:
@@ -354,7 +353,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         epilog="options, given as key=value or in the recipe file (defaults shown):\n"
         + options_table()
-        + "\n\nexample:\n  python -m model.train --data camvid --out runs/a --config model/recipes/camvid.toml epochs=50",
+        + "\n\nexample:\n  python -m model.train --data camvid --out runs/a "
+        "--config model/recipes/camvid-resnet18c.toml epochs=50",
     )
     parser.add_argument("options", nargs="*", metavar="key=value", help="recipe options, see below")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set folder")

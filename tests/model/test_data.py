@@ -4,8 +4,9 @@ import json
 
 import numpy
 import pytest
-from model.data import DataError, open_dataset, problems, read_classes
 from PIL import Image
+
+from model.data import DataError, open_dataset, problems, read_classes
 
 CLASSES = [{"id": 0, "name": "sky", "color": [0, 0, 255]}, {"id": 1, "name": "road", "color": [90, 90, 90]}]
 
@@ -103,7 +104,7 @@ def test_broken_lists(tmp_path, name, content, words):
 
 
 def test_what_is_no_data_set(tmp_path):
-    with pytest.raises(DataError, match="not a data set; expected classes.json"):
+    with pytest.raises(DataError, match=r"not a data set; expected classes\.json"):
         open_dataset(tmp_path, "train")
     with pytest.raises(DataError, match="no such data folder"):
         open_dataset(tmp_path / "absent", "train")

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from model.config import BACKBONES, ModelConfig
 from model.encnet import ContextEncoding, EncNet
 from model.resnet import ResNet
-from torch import nn
 
 
 def parameters_in_millions(model):

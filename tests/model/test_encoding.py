@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from model.encoding import Encoding, encode, encode_reference
 
 

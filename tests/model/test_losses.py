@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from model.encnet import Outputs
 from model.losses import encnet_loss, presence_targets
-from torch.nn import functional as F
 
 
 def batch():

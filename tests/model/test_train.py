@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from model import train
 from model.checkpoint import build_model, load_checkpoint
 from model.recipe import Recipe, RecipeError, read_recipe
-
 from tests.model.folders import write_scenes
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,113 @@
+"""Output stride 8 or 16 with the same weights: what the finer stride costs and what it gives.
+
+    python -m benchmarks.stride CHECKPOINT --data DIR
+
+Both networks are exported and timed in turns in one run (ONNX Runtime, CPU, one 480x360 picture, one view), so that the
+ratio of their times means something on a shared machine; both are evaluated on the same split. A network trained at one
+stride runs at the other, because dilation keeps the receptive fields (Chen et al., DeepLab, section 3.1).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnxruntime
+import torch
+from rich.progress import track
+
+from export.core import core_model
+from export.whole import whole_model
+from model.checkpoint import Checkpoint, build_model, load_checkpoint
+from model.data import SegmentationData, open_dataset
+from model.metrics import confusion, mean_iou, pixel_accuracy
+from model.predict import predict
+
+RESULTS = Path(__file__).parent / "results"
+PICTURE = (360, 480)
+
+
+def session_at(checkpoint: Checkpoint, stride: int) -> onnxruntime.InferenceSession:
+    network = build_model(at_stride(checkpoint, stride))
+    model = whole_model(
+        core_model(network),
+        mean=checkpoint.mean,
+        std=checkpoint.std,
+        base_size=checkpoint.base_size,
+        align_corners=checkpoint.config.align_corners,
+    )
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def at_stride(checkpoint: Checkpoint, stride: int) -> Checkpoint:
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, output_stride=stride))
+
+
+def milliseconds(sessions: dict[int, onnxruntime.InferenceSession], rounds: int) -> dict[int, list[float]]:
+    """Time of one picture, in turns over the sessions."""
+    image = numpy.random.default_rng(0).integers(0, 256, (1, *PICTURE, 3), dtype=numpy.uint8)
+    feeds = {"image": image, "scales": numpy.ones(1, numpy.float32), "flip": numpy.array(False)}
+    times: dict[int, list[float]] = {stride: [] for stride in sessions}
+    for turn in track(range(-2, rounds), description="timing"):
+        for stride, session in sessions.items():
+            start = time.perf_counter()
+            session.run(["mask", "presence"], feeds)
+            if turn >= 0:
+                times[stride].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def accuracy(checkpoint: Checkpoint, stride: int, data: SegmentationData) -> dict[str, float]:
+    model = build_model(at_stride(checkpoint, stride))
+    counts = numpy.zeros((len(data.classes),) * 2, dtype=numpy.int64)
+    for index in track(range(len(data)), description=f"evaluating at stride {stride}"):
+        image, truth = data.load(index)
+        prediction = predict(
+            model,
+            torch.from_numpy(image).unsqueeze(0),
+            mean=checkpoint.mean,
+            std=checkpoint.std,
+            base_size=checkpoint.base_size,
+        )
+        counts += confusion(prediction.probabilities.argmax(1)[0], torch.from_numpy(truth), len(data.classes))
+    return {"mIoU": round(100 * mean_iou(counts), 2), "pixel_accuracy": round(100 * pixel_accuracy(counts), 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--rounds", type=int, default=20, help="timings of each network (default 20)")
+    options = parser.parse_args()
+    checkpoint = load_checkpoint(options.checkpoint)
+    data = open_dataset(options.data, options.split)
+    times = milliseconds({stride: session_at(checkpoint, stride) for stride in (8, 16)}, options.rounds)
+    medians = {stride: statistics.median(values) for stride, values in times.items()}
+    result: dict[str, Any] = {
+        "command": f"python -m benchmarks.stride CHECKPOINT --data DIR --split {options.split}",
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "checkpoint_sha256": checkpoint.sha256,
+        "trained_at_stride": checkpoint.config.output_stride,
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "onnxruntime": onnxruntime.__version__,
+        "strides": {
+            str(stride): {"median_ms": round(medians[stride], 1), **accuracy(checkpoint, stride, data)}
+            for stride in medians
+        },
+        "time_ratio_8_over_16": round(medians[8] / medians[16], 2),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "stride.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""`python -m model.evaluate` on three made-up pictures and a network whose answers are known beforehand."""
+
+import hashlib
+import json
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from model import evaluate
+from model.checkpoint import Checkpoint, save_checkpoint
+from model.config import ModelConfig
+from model.encnet import EncNet
+
+CONFIG = ModelConfig(num_classes=3, backbone="resnet18", channels=8, codewords=2, auxiliary=False)
+SIZES = [(24, 32), (33, 20), (16, 16)]
+
+
+def make_checkpoint(path, config=CONFIG, classes=("road", "sky", "car"), **values):
+    """All weights 0, so that the biases decide: every pixel is class 1, presence is sure of 0 and 1 and denies 2."""
+    with torch.device("meta"):
+        state = EncNet(config).state_dict()
+    weights = {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
+    weights["head.classifier.bias"] = torch.tensor([0.0, 2.0, 1.0])
+    weights["head.presence.bias"] = torch.tensor([3.0, 3.0, -3.0])
+    palette = [[9, 9, 9], [99, 99, 99], [199, 199, 199]]
+    save_checkpoint(path, Checkpoint(config, weights, list(classes), palette, base_size=32, **values))
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return make_checkpoint(tmp_path / "net.pt", name="tiny", step=5)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Truth: picture 0 is all class 1, picture 1 half class 0 and half 1, picture 2 class 1 and a row to ignore."""
+    root = tmp_path / "made-up"
+    for folder in ("images", "labels", "splits"):
+        (root / folder).mkdir(parents=True)
+    for index, (height, width) in enumerate(SIZES):
+        Image.new("RGB", (width, height), (50 * index, 90, 120)).save(root / "images" / f"p{index}.png")
+        truth = numpy.ones((height, width), dtype=numpy.uint8)
+        if index == 1:
+            truth[:, : width // 2] = 0
+        if index == 2:
+            truth[0] = 255
+        Image.fromarray(truth).save(root / "labels" / f"p{index}.png")
+    (root / "splits" / "test.txt").write_text("p0\np1\np2\n")
+    classes = [{"id": i, "name": n, "color": [80 * i, 10, 200]} for i, n in enumerate(("road", "sky", "car"))]
+    (root / "classes.json").write_text(json.dumps({"classes": classes}))
+    return root
+
+
+def run(*arguments) -> int:
+    return evaluate.main([str(argument) for argument in arguments])
+
+
+def read(folder) -> dict:
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert sheet.format == "PNG"
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_every_figure_of_a_known_answer(checkpoint, data, tmp_path, capsys):
+    assert run(checkpoint, "--data", data, "--device", "cpu") == 0
+    document = read(tmp_path / "net.evaluation")
+    road, sky = 33 * 10, 24 * 32 + 33 * 10 + 15 * 16
+    totals = document["totals"]
+    assert totals["pixel_accuracy"] == pytest.approx(sky / (sky + road))
+    assert totals["miou"] == pytest.approx(sky / (sky + road) / 2)
+    assert totals["miou_authors"] == pytest.approx(sky / (sky + road) / 3)
+    assert totals["class_accuracy"] == pytest.approx(1 / 2)
+    # road is in one of three pictures and all scores are equal: precision 1/3; sky is in all; car in none
+    assert totals["presence_map"] == pytest.approx((1 / 3 + 1) / 2)
+    assert totals["presence_macro_f1"] == pytest.approx((2 / (3 + 1) + 1) / 2)
+    assert totals["pictures"] == 3
+    assert totals["pictures_per_second"] > 0
+    names = [row.pop("name") for row in document["classes"]]
+    assert names == ["road", "sky", "car"]
+    assert document["classes"][0] == {
+        "iou": 0,
+        "accuracy": 0,
+        "presence_ap": pytest.approx(1 / 3),
+        "presence_f1": pytest.approx(1 / 2),
+        "pictures": 1,
+        "pixels": road,
+    }
+    assert document["classes"][2] == {
+        "iou": None,
+        "accuracy": None,
+        "presence_ap": None,
+        "presence_f1": None,
+        "pictures": 0,
+        "pixels": 0,
+    }
+    assert document["confusion"] == [[0, road, 0], [0, sky, 0], [0, 0, 0]]
+    assert document["checkpoint"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert document["checkpoint"]["step"] == 5
+    assert document["options"]["base_size"] == 32
+    printed = capsys.readouterr().out
+    assert "mIoU" in printed
+    assert "road" in printed
+    assert "evaluation.json" in printed
+
+
+@pytest.mark.parametrize("merge", ["softmax", "exp_sum"])
+def test_windows_of_several_scales_with_mirrors(checkpoint, data, tmp_path, merge):
+    options = ("--protocol", "windows", "--merge", merge, "--crop", 24, "--scales", "0.5,1.25", "--flip")
+    assert run(checkpoint, "--data", data, "--output", tmp_path / "out" / "here", *options) == 0
+    document = read(tmp_path / "out" / "here")
+    assert document["totals"]["pixel_accuracy"] == pytest.approx((768 + 330 + 240) / (768 + 660 + 240))
+    assert document["options"]["scales"] == [0.5, 1.25]
+    assert document["options"]["flip"] is True
+    assert document["options"]["merge"] == merge
+
+
+def test_limit_and_base_size(checkpoint, data, tmp_path):
+    assert run(checkpoint, "--data", data, "--limit", 1, "--base-size", 48, "--scales", "0.5,1") == 0
+    document = read(tmp_path / "net.evaluation")
+    assert document["totals"]["pictures"] == 1
+    assert document["totals"]["miou"] == 1
+    assert document["options"]["base_size"] == 48
+
+
+def test_classes_named_differently_are_remarked(tmp_path, data, capsys):
+    path = make_checkpoint(tmp_path / "other.pt", classes=("road", "heaven", "[car]"))
+    assert run(path, "--data", data, "--limit", 1) == 0
+    assert "heaven / sky, [car] / car" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--merge", "exp_sum"), "need --protocol windows"),
+        (("--crop", 24), "need --protocol windows"),
+        (("--device", "nonsense"), "--device nonsense: not available here"),
+        (("--split", "val"), "val.txt"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(checkpoint, data, options, said, capsys):
+    assert run(checkpoint, "--data", data, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_a_checkpoint_with_other_classes(tmp_path, data, capsys):
+    config = ModelConfig(num_classes=4, backbone="resnet18", channels=8, codewords=2, auxiliary=False)
+    with torch.device("meta"):
+        state = EncNet(config).state_dict()
+    weights = {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
+    checkpoint = Checkpoint(config, weights, list("abcd"), [[1, 1, 1]] * 4, base_size=32)
+    save_checkpoint(tmp_path / "four.pt", checkpoint)
+    assert run(tmp_path / "four.pt", "--data", data) == 2
+    assert "the checkpoint has 4 classes, the data set 3" in capsys.readouterr().err
+    assert not (tmp_path / "four.evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [("--scales", "1,x"), ("--scales", "0"), ("--scales", ""), ("--crop", "3"), ("--limit", "0")]
+)
+def test_options_that_make_no_sense(checkpoint, data, options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint, "--data", data, *options)
+    assert stop.value.code == 2
+    assert f"argument {options[0]}: expected" in capsys.readouterr().err
+
+
+def test_help_shows_the_authors_protocol(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert "--protocol windows --merge exp_sum" in capsys.readouterr().out

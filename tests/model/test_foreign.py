@@ -1,0 +1,315 @@
+"""Foreign checkpoints against a reference network written here from the specification, under the foreign key names."""
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.checkpoint import CheckpointError, build_model, load_checkpoint
+from model.config import ModelConfig
+from model.encnet import EncNet
+from model.foreign import (
+    MMSEGMENTATION,
+    PYTORCH_ENCODING,
+    described_classes,
+    distinct_palette,
+    inverse,
+    read_foreign,
+    rename,
+    renaming,
+)
+
+CLASSES, CHANNELS, CODEWORDS = 5, 16, 4
+
+PE_KEYS = {
+    "stem": "pretrained.conv1{}",
+    "stem_norm": "pretrained.bn1",
+    "layer": "pretrained.layer{}.{}",
+    "bottleneck": ("head.conv5.0", "head.conv5.1"),
+    "lateral": (("head.connect.0.0", "head.connect.0.1"), ("head.connect.1.0", "head.connect.1.1")),
+    "fusion": ("head.fusion.0", "head.fusion.1"),
+    "project": ("head.encmodule.encoding.0", "head.encmodule.encoding.1"),
+    "encoding": "head.encmodule.encoding.3",
+    "code_norm": "head.encmodule.encoding.4",
+    "gate": "head.encmodule.fc.0",
+    "presence": "head.encmodule.selayer",
+    "classifier": "head.conv6.1",
+    "aux": ("auxlayer.conv5.0", "auxlayer.conv5.1"),
+    "aux_classifier": "auxlayer.conv5.4",
+}
+MM_KEYS = {
+    "stem": "backbone.stem{}",
+    "stem_norm": "backbone.stem.7",
+    "layer": "backbone.layer{}.{}",
+    "bottleneck": ("decode_head.bottleneck.conv", "decode_head.bottleneck.bn"),
+    "lateral": (
+        ("decode_head.lateral_convs.0.conv", "decode_head.lateral_convs.0.bn"),
+        ("decode_head.lateral_convs.1.conv", "decode_head.lateral_convs.1.bn"),
+    ),
+    "fusion": ("decode_head.fusion.conv", "decode_head.fusion.bn"),
+    "project": ("decode_head.enc_module.encoding_project.conv", "decode_head.enc_module.encoding_project.bn"),
+    "encoding": "decode_head.enc_module.encoding.0",
+    "code_norm": "decode_head.enc_module.encoding.1",
+    "gate": "decode_head.enc_module.fc.0",
+    "presence": "decode_head.se_layer",
+    "classifier": "decode_head.conv_seg",
+    "aux": ("auxiliary_head.convs.0.conv", "auxiliary_head.convs.0.bn"),
+    "aux_classifier": "auxiliary_head.conv_seg",
+}
+MM_PLAIN_KEYS = {**MM_KEYS, "stem": "backbone.conv1{}", "stem_norm": "backbone.bn1"}
+
+
+class Weights(dict):
+    """A foreign state dict that draws a random parameter the first time it is asked for it."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+
+    def get_or_draw(self, key: str, shape: tuple[int, ...], low: float, high: float) -> Tensor:
+        if key not in self:
+            self[key] = torch.rand(shape, generator=self.random) * (high - low) + low
+        return self[key].double()
+
+    def conv(self, x: Tensor, key: str, outputs: int, kernel: int, stride: int = 1, dilation: int = 1) -> Tensor:
+        bound = (6 / (x.shape[1] * kernel**2)) ** 0.5
+        weight = self.get_or_draw(f"{key}.weight", (outputs, x.shape[1], kernel, kernel), -bound, bound)
+        return F.conv2d(x, weight, stride=stride, padding=dilation * (kernel // 2), dilation=dilation)
+
+    def norm(self, x: Tensor, key: str, gain: float = 1.0) -> Tensor:
+        mean = self.get_or_draw(f"{key}.running_mean", (x.shape[1],), -0.2, 0.2)
+        variance = self.get_or_draw(f"{key}.running_var", (x.shape[1],), 0.5, 1.5)
+        weight = self.get_or_draw(f"{key}.weight", (x.shape[1],), 0.5 * gain, 1.5 * gain)
+        bias = self.get_or_draw(f"{key}.bias", (x.shape[1],), -0.2, 0.2)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=1e-5)
+
+    def linear(self, x: Tensor, key: str, outputs: int, spatial: tuple[int, ...] = ()) -> Tensor:
+        weight = self.get_or_draw(f"{key}.weight", (outputs, x.shape[1], *spatial), -1, 1)
+        bias = self.get_or_draw(f"{key}.bias", (outputs,), -1, 1)
+        return F.conv2d(x, weight, bias) if spatial else F.linear(x, weight, bias)
+
+    def conv_norm_relu(self, x: Tensor, keys: tuple[str, str], outputs: int, kernel: int) -> Tensor:
+        return F.relu(self.norm(self.conv(x, keys[0], outputs, kernel), keys[1]))
+
+
+def reference(
+    weights: Weights, keys: dict, image: Tensor, stem: tuple[int, ...], lateral: bool, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, presence logits and auxiliary logits of EncNet-50 by the specification's layer table, float64."""
+    w = weights
+    if len(stem) == 1:
+        x = F.conv2d(
+            image, w.get_or_draw(keys["stem"].format("") + ".weight", (64, 3, 7, 7), -0.2, 0.2), stride=2, padding=3
+        )
+    else:
+        x = w.conv(image, keys["stem"].format(".0"), stem[0], 3, stride=2)
+        x = w.conv(F.relu(w.norm(x, keys["stem"].format(".1"))), keys["stem"].format(".3"), stem[1], 3)
+        x = w.conv(F.relu(w.norm(x, keys["stem"].format(".4"))), keys["stem"].format(".6"), stem[2], 3)
+    x = F.max_pool2d(F.relu(w.norm(x, keys["stem_norm"])), 3, stride=2, padding=1)
+
+    stages = []
+    for number, blocks, width, stride, first_dilation, dilation in (
+        (1, 3, 64, 1, 1, 1),
+        (2, 4, 128, 2, 1, 1),
+        (3, 6, 256, 1, 1, 2),
+        (4, 3, 512, 1, 2, 4),
+    ):
+        for index in range(blocks):
+            key = keys["layer"].format(number, index)
+            first = index == 0
+            y = F.relu(w.norm(w.conv(x, f"{key}.conv1", width, 1), f"{key}.bn1"))
+            y = w.conv(y, f"{key}.conv2", width, 3, stride if first else 1, first_dilation if first else dilation)
+            y = w.conv(F.relu(w.norm(y, f"{key}.bn2")), f"{key}.conv3", 4 * width, 1)
+            y = w.norm(y, f"{key}.bn3", gain=0.2)
+            if first:
+                x = w.norm(w.conv(x, f"{key}.downsample.0", 4 * width, 1, stride), f"{key}.downsample.1")
+            x = F.relu(x + y)
+        stages.append(x)
+
+    features = w.conv_norm_relu(stages[3], keys["bottleneck"], CHANNELS, 3)
+    if lateral:
+        c2 = w.conv_norm_relu(stages[1], keys["lateral"][0], CHANNELS, 1)
+        c3 = w.conv_norm_relu(stages[2], keys["lateral"][1], CHANNELS, 1)
+        features = w.conv_norm_relu(torch.cat([features, c2, c3], 1), keys["fusion"], CHANNELS, 3)
+
+    positions = w.conv_norm_relu(features, keys["project"], CHANNELS, 1).flatten(2).transpose(1, 2)
+    codewords = w.get_or_draw(f"{keys['encoding']}.codewords", (CODEWORDS, CHANNELS), -0.5, 0.5)
+    scale = w.get_or_draw(f"{keys['encoding']}.scale", (CODEWORDS,), -1, 0)
+    residuals = positions[:, :, None] - codewords  # (B, N, K, D), spelt out as in equation 1
+    assignment = (scale * residuals.square().sum(-1)).softmax(2)
+    encoded = (assignment[..., None] * residuals).sum(1)
+    scene = F.relu(w.norm(encoded, keys["code_norm"])).mean(1)
+    gate = torch.sigmoid(w.linear(scene, keys["gate"], CHANNELS))
+    gated = F.relu(features + features * gate[:, :, None, None])
+    logits = w.linear(gated, keys["classifier"], CLASSES, (1, 1))
+    auxiliary = w.linear(w.conv_norm_relu(stages[2], keys["aux"], 256, 3), keys["aux_classifier"], CLASSES, (1, 1))
+    logits, auxiliary = (
+        F.interpolate(x, size=image.shape[-2:], mode="bilinear", align_corners=align_corners)
+        for x in (logits, auxiliary)
+    )
+    return logits, w.linear(scene, keys["presence"], CLASSES), auxiliary
+
+
+def zeros(config: ModelConfig, source: str) -> dict[str, Tensor]:
+    """A state dict in a foreign format with all the shapes of a network and next to no memory: every value is 0."""
+    with torch.device("meta"):
+        state = EncNet(config).state_dict()
+    table = inverse(renaming(source, deep_stem="backbone.conv1.0.weight" in state))
+    return {rename(key, table): torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
+
+
+CONFIG = ModelConfig(num_classes=CLASSES, channels=CHANNELS, codewords=CODEWORDS)
+
+
+def save(path: Path, document: object) -> Path:
+    torch.save(document, path)
+    return path
+
+
+@pytest.mark.parametrize("lateral", [False, True], ids=["plain", "lateral"])
+@pytest.mark.parametrize(
+    ("source", "keys", "stem", "backbone"),
+    [
+        (PYTORCH_ENCODING, PE_KEYS, (64, 64, 128), "resnet50s"),
+        (PYTORCH_ENCODING, PE_KEYS, (64,), "resnet50"),
+        (MMSEGMENTATION, MM_KEYS, (32, 32, 64), "resnet50c"),
+        (MMSEGMENTATION, MM_PLAIN_KEYS, (64,), "resnet50"),
+    ],
+    ids=["pe-50s", "pe-50", "mm-50c", "mm-50"],
+)
+def test_the_same_logits_as_the_specification(tmp_path, source, keys, stem, backbone, lateral):
+    aligned = source == PYTORCH_ENCODING
+    image = torch.randn(1, 3, 33, 41, generator=torch.Generator().manual_seed(1)).double()
+    state = Weights(seed=2)
+    logits, presence, auxiliary = reference(state, keys, image, stem, lateral, aligned)
+    assert 1 < logits.std() < 1000  # a reference that says something
+    prefix = "module." if lateral else ""
+    path = save(
+        tmp_path / "theirs.pth",
+        {"epoch": 3, "state_dict": {prefix + k: v for k, v in state.items()}, "optimizer": {"state": {}}},
+    )
+    checkpoint = load_checkpoint(path)
+    path.unlink()
+    assert checkpoint.source == source
+    assert checkpoint.config == ModelConfig(
+        CLASSES, backbone, 8, CHANNELS, CODEWORDS, lateral, align_corners=aligned, reference_positions=0
+    )
+    model = build_model(checkpoint).double()
+    with torch.no_grad():
+        outputs = model(image)
+        aux = model._to_pixels(model.aux(model.backbone(image).c3), image.shape[-2:])
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 * logits.abs().max().item()}
+    torch.testing.assert_close(outputs.logits.double(), logits, **tolerance)
+    torch.testing.assert_close(outputs.presence_logits, presence, **tolerance)
+    torch.testing.assert_close(aux.double(), auxiliary, **tolerance)
+
+
+@pytest.mark.parametrize("source", [PYTORCH_ENCODING, MMSEGMENTATION])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet50s", "resnet50c", "resnet101s"])
+@pytest.mark.parametrize("lateral", [False, True])
+def test_every_key_is_renamed_there_and_back(source, backbone, lateral):
+    config = ModelConfig(150, backbone, lateral=lateral, align_corners=source == PYTORCH_ENCODING)
+    theirs = zeros(config, source)
+    found = read_foreign(theirs)
+    assert (found.source, found.config, found.unknown) == (source, config, [])
+    with torch.device("meta"):
+        assert set(found.weights) == set(EncNet(config).state_dict())
+    back = inverse(found.table)
+    assert {rename(key, back) for key in found.weights} == set(theirs)
+
+
+def test_authors_encnet_50s_with_lateral_connections_has_381_keys():
+    assert len(zeros(ModelConfig(59, "resnet50s", lateral=True), PYTORCH_ENCODING)) == 381
+
+
+def test_a_file_without_auxiliary_head_and_counters(tmp_path):
+    state = zeros(CONFIG, PYTORCH_ENCODING)
+    state = {k: v for k, v in state.items() if "num_batches_tracked" not in k and not k.startswith("auxlayer.")}
+    state["pretrained.fc.weight"] = torch.zeros(1000, 2048)
+    checkpoint = load_checkpoint(save(tmp_path / "bare.pth", state))
+    assert not checkpoint.config.auxiliary
+    assert (checkpoint.base_size, checkpoint.name) == (520, "bare")
+    assert checkpoint.classes == [f"class {index}" for index in range(CLASSES)]
+    build_model(checkpoint)
+
+
+def test_mmsegmentation_says_its_classes_and_leaves_numpy_scalars(tmp_path):
+    names, palette = ("a", "b", "c", "d", "e"), [[i, i, i] for i in range(CLASSES)]
+    meta = {"CLASSES": names, "PALETTE": palette, "iter": 80000, "seed": numpy.int64(3), "lr": numpy.float32(0.1)}
+    document = {"meta": meta, "state_dict": zeros(CONFIG, MMSEGMENTATION), "optimizer": {"history": numpy.zeros(3)}}
+    checkpoint = load_checkpoint(save(tmp_path / "mm.pth", document))
+    assert (checkpoint.classes, checkpoint.palette) == (list(names), palette)
+    assert (checkpoint.step, checkpoint.base_size) == (80000, 512)
+
+
+def test_classes_of_the_newer_meta_and_classes_that_do_not_fit():
+    new = {"dataset_meta": {"classes": ("a", "b"), "palette": [(1, 2, 3), (4, 5, 6)]}}
+    assert described_classes(new, 2) == (["a", "b"], [[1, 2, 3], [4, 5, 6]])
+    assert described_classes(new, 3) == (["class 0", "class 1", "class 2"], distinct_palette(3))
+    assert described_classes({"CLASSES": ("a",), "PALETTE": None}, 1) == (["a"], distinct_palette(1))
+
+
+def test_palette_follows_the_voc_formula():
+    assert distinct_palette(5) == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [128, 0, 128]]
+    assert len({tuple(colour) for colour in distinct_palette(255)}) == 255
+
+
+@pytest.mark.parametrize(
+    ("source", "removed", "added", "said"),
+    [
+        (PYTORCH_ENCODING, "pretrained.bn1.bias", None, ["missing keys: pretrained.bn1.bias"]),
+        (MMSEGMENTATION, "backbone.stem.7.bias", None, ["missing keys: backbone.stem.7.bias"]),
+        (MMSEGMENTATION, "decode_head.se_layer.weight", None, ["mmsegmentation", "decode_head.se_layer.weight"]),
+        (MMSEGMENTATION, None, "decode_head.extra.weight", ["left-over keys: decode_head.extra.weight"]),
+        (PYTORCH_ENCODING, None, "pretrained.layer1.9.bn1.odd", ["(4, 4, 6, 3)", "ResNet-50"]),
+        (PYTORCH_ENCODING, None, "pretrained.layer1.0.odd", ["left-over keys: pretrained.layer1.0.odd"]),
+        (MMSEGMENTATION, None, "backbone.layer1.0.downsample.2.weight", ["average pooling", "downsample.2.weight"]),
+    ],
+)
+def test_keys_missing_or_left_over_are_listed_by_the_files_own_names(tmp_path, source, removed, added, said):
+    state = zeros(CONFIG, source)
+    if removed:
+        del state[removed]
+    if added:
+        state[added] = torch.zeros(1)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(save(tmp_path / "theirs.pth", {"state_dict": state}))
+    assert all(part in str(error.value) for part in [str(tmp_path), *said])
+
+
+def test_wrong_shapes_and_nan_are_named(tmp_path):
+    state = zeros(CONFIG, PYTORCH_ENCODING)
+    state["head.fusion.0.weight"] = state.pop("head.conv5.1.weight")
+    state["head.conv5.1.bias"] = torch.zeros(3)
+    state["head.conv6.1.bias"] = torch.full((CLASSES,), torch.nan)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(save(tmp_path / "theirs.pth", state))
+    assert "missing keys: head.conv5.1.weight" in str(error.value)
+    assert "left-over keys: head.fusion.0.weight" in str(error.value)
+    assert "wrong shapes: head.conv5.1.bias (expected (16,), got (3,))" in str(error.value)
+    assert "NaN or infinite: head.conv6.1.bias" in str(error.value)
+
+
+def test_an_unknown_stem(tmp_path):
+    state = zeros(CONFIG, PYTORCH_ENCODING)
+    state["pretrained.conv1.0.weight"] = torch.zeros(48, 3, 3, 3)
+    with pytest.raises(CheckpointError, match="48-64-128 channels is neither"):
+        load_checkpoint(save(tmp_path / "theirs.pth", state))
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}, "first keys are conv1.weight, fc.bias"),
+        ({"state_dict": {}}, "empty"),
+        ({"state_dict": [1]}, "no dict"),
+        ({"epoch": 3, "model": {}}, "no tensors under epoch, model"),
+        ({"pretrained.conv1.weight": torch.zeros(1)}, "not of an EncNet"),
+    ],
+)
+def test_what_looks_like_neither(tmp_path, document, said):
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(save(tmp_path / "odd.pth", document))
+    assert said in str(error.value)
