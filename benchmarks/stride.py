@@ -21,14 +21,14 @@ from typing import Any
 import numpy
 import onnxruntime
 import torch
-from rich.progress import track
+from rich.progress import Progress, track
 
 from export.core import core_model
 from export.whole import whole_model
 from model.checkpoint import Checkpoint, build_model, load_checkpoint
 from model.data import SegmentationData, open_dataset
-from model.metrics import confusion, mean_iou, pixel_accuracy
-from model.predict import predict
+from model.evaluate import Options, evaluate
+from model.metrics import mean_iou, pixel_accuracy
 
 RESULTS = Path(__file__).parent / "results"
 PICTURE = (360, 480)
@@ -65,19 +65,15 @@ def milliseconds(sessions: dict[int, onnxruntime.InferenceSession], rounds: int)
 
 
 def accuracy(checkpoint: Checkpoint, stride: int, data: SegmentationData) -> dict[str, float]:
+    options = Options(data.split, (1.0,), False, "whole", "softmax", checkpoint.base_size, checkpoint.base_size, 0)
     model = build_model(at_stride(checkpoint, stride))
-    counts = numpy.zeros((len(data.classes),) * 2, dtype=numpy.int64)
-    for index in track(range(len(data)), description=f"evaluating at stride {stride}"):
-        image, truth = data.load(index)
-        prediction = predict(
-            model,
-            torch.from_numpy(image).unsqueeze(0),
-            mean=checkpoint.mean,
-            std=checkpoint.std,
-            base_size=checkpoint.base_size,
-        )
-        counts += confusion(prediction.probabilities.argmax(1)[0], torch.from_numpy(truth), len(data.classes))
-    return {"mIoU": round(100 * mean_iou(counts), 2), "pixel_accuracy": round(100 * pixel_accuracy(counts), 2)}
+    with Progress() as progress:
+        bar = progress.add_task(f"evaluating at stride {stride}", total=len(data))
+        result = evaluate(checkpoint, model, data, options, torch.device("cpu"), lambda: progress.advance(bar))
+    return {
+        "mIoU": round(100 * mean_iou(result.counts), 2),
+        "pixel_accuracy": round(100 * pixel_accuracy(result.counts), 2),
+    }
 
 
 def main() -> None:

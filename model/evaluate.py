@@ -217,7 +217,7 @@ def report(
 def tables(document: dict[str, Any]) -> tuple[Table, Table]:
     """The report's rows per class, and its totals; rates in per cent."""
     per_class = Table(
-        caption="– not defined: the class occurs nowhere. AP is 100 for a class that every picture has.",
+        caption="– not defined: no picture has the class. AP is 100 for a class that every picture has.",
         caption_justify="left",
     )
     for heading in ("class", "IoU %", "accuracy %", "presence AP %", "presence F1 %", "pictures"):
@@ -290,7 +290,8 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="where evaluation.json and contact_sheet.png go (default: beside the checkpoint, CHECKPOINT.evaluation)",
+        help="where evaluation.json and contact_sheet.png go "
+        "(default: beside the checkpoint, its name ending in .evaluation)",
     )
     root.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
     root.add_argument("--limit", type=_pictures, default=0, metavar="N", help="score only the first N pictures")

@@ -29,12 +29,13 @@ from torch.utils.data import DataLoader
 from model import sync_batchnorm
 from model.augment import Augmentation, StepSampler, TrainingCrops
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from model.data import DataError, SegmentationData, open_dataset, problems
+from model.data import DataError, open_dataset, problems
 from model.encnet import EncNet
+from model.evaluate import Evaluation, Options, evaluate
 from model.figures import sample_row
 from model.losses import Losses, encnet_loss
-from model.metrics import confusion, mean_iou, pixel_accuracy
-from model.predict import normalise, predict
+from model.metrics import mean_iou, pixel_accuracy
+from model.predict import normalise
 from model.recipe import Recipe, RecipeError, options_table, read_recipe
 
 BOOKKEEPING = {"workers", "log_every", "save_every", "evaluate_every"}
@@ -88,23 +89,15 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
             mean.copy_(value)
 
 
-def evaluate(model: EncNet, data: SegmentationData, base_size: int, device: torch.device) -> tuple[numpy.ndarray, list]:
-    """Confusion counts over a split at a single scale, and a few (picture, truth, prediction) rows to look at."""
-    counts = numpy.zeros((len(data.classes),) * 2, dtype=numpy.int64)
-    rows = []
-    shown = set(numpy.linspace(0, len(data) - 1, SAMPLE_PICTURES).astype(int).tolist())
-    was_training = model.training
-    model.eval()
-    for index in range(len(data)):
-        image, truth = data.load(index)
-        batch = torch.from_numpy(image).unsqueeze(0).to(device)
-        prediction = predict(model, batch, mean=IMAGENET_MEAN, std=IMAGENET_STD, base_size=base_size)
-        mask = prediction.probabilities.argmax(1)[0].cpu()
-        counts += confusion(mask, torch.from_numpy(truth), len(data.classes))
-        if index in shown:
-            rows.append(sample_row(image, truth, mask.numpy().astype(numpy.uint8), data.palette))
-    model.train(was_training)
-    return counts, rows
+def validate(run: "Run") -> Evaluation:
+    """The weights worth serving on the validation split, whole pictures at a single scale."""
+    recipe = run.recipe
+    options = Options("val", (1.0,), False, "whole", "softmax", recipe.crop, recipe.base_size, 0)
+    run.average.eval()
+    try:
+        return evaluate(run.checkpoint(), run.average, run.validation, options, run.device)
+    finally:
+        run.network.train()
 
 
 class Run:
@@ -301,15 +294,17 @@ def train(run: Run) -> None:
             at_epoch_end = run.step % run.steps_per_epoch == 0
             if at_epoch_end and (epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs) and first:
                 assert writer is not None
-                counts, rows = evaluate(run.average, run.validation, recipe.base_size, run.device)
-                miou, accuracy = mean_iou(counts), pixel_accuracy(counts)
+                result = validate(run)
+                miou, accuracy = mean_iou(result.counts), pixel_accuracy(result.counts)
                 run.console.print(
                     f"epoch {epoch}: validation mIoU {100 * miou:.2f}, pixel accuracy {100 * accuracy:.2f}",
                     highlight=False,
                 )
                 writer.add_scalar("validation/mIoU", miou, run.step)
                 writer.add_scalar("validation/pixel_accuracy", accuracy, run.step)
-                writer.add_image("validation/picture_truth_prediction", numpy.vstack(rows), run.step, dataformats="HWC")
+                for sample in result.samples[:SAMPLE_PICTURES]:
+                    row = sample_row(sample.image, sample.truth, sample.mask, run.palette)
+                    writer.add_image(f"validation/{sample.name}", row, run.step, dataformats="HWC")
                 if (miou + accuracy) / 2 > run.best:
                     run.best = (miou + accuracy) / 2
                     save_checkpoint(run.out / "best.pt", run.checkpoint())
