@@ -4,13 +4,16 @@ Zhang et al., "Context Encoding for Semantic Segmentation" (CVPR 2018), section 
 minus the paper's smoothing factor s_k, so that the assignment logits are `scale_k * ||x_i - c_k||^2`.
 
 `encode` is the operator `torch.ops.encnet.encode`: opaque to tracing (so that it is exported as one node), with a fake
-implementation, autograd and float32 arithmetic under autocast. `encode_reference` is its readable twin.
+implementation, autograd and float32 arithmetic under autocast. `encode_reference` is its readable twin: specification,
+test oracle, and what computes wherever the compiled kernel (model/kernels) is missing or does not apply.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+
+from model import kernels
 
 
 def check_arguments(x: Tensor, codewords: Tensor, scale: Tensor) -> None:
@@ -61,6 +64,34 @@ def encode_reference(x: Tensor, codewords: Tensor, scale: Tensor, reference_posi
     return encoded * _factor(reference_positions, positions.shape[1])
 
 
+def _reference_backward(
+    grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification's closed form (section 5.1), the weights computed anew."""
+    positions = _positions(x)
+    c, s = codewords.to(positions.dtype), scale.to(positions.dtype)
+    g = grad.to(positions.dtype) * _factor(reference_positions, positions.shape[1])
+    distances = _squared_distances(positions, c)
+    weights = torch.softmax(s * distances, dim=-1)
+    projection = positions @ g.transpose(1, 2) - (g * c).sum(-1).unsqueeze(1)
+    grad_logits = weights * (projection - (weights * projection).sum(-1, keepdim=True))
+    grad_scale = (grad_logits * distances).sum((0, 1))
+    w = 2 * s * grad_logits
+    grad_x = weights @ g + w.sum(-1, keepdim=True) * positions - w @ c
+    grad_codewords = (
+        w.sum((0, 1)).unsqueeze(-1) * c
+        - (w.transpose(1, 2) @ positions).sum(0)
+        - (weights.sum(1).unsqueeze(-1) * g).sum(0)
+    )
+    batch, _, height, width = x.shape
+    return grad_x.view(batch, height, width, -1).permute(0, 3, 1, 2), grad_codewords, grad_scale
+
+
+def backend() -> str:
+    """What computes `encode` for CPU tensors up to float32: "cpu kernel", or "twin" where no library is loaded."""
+    return "twin" if kernels.library() is None else "cpu kernel"
+
+
 @torch.library.custom_op("encnet::encode", mutates_args=())
 def encode(x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float = 0.0) -> Tensor:
     """The operator; arguments, result and mathematics are those of `encode_reference`.
@@ -68,6 +99,8 @@ def encode(x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: flo
     Raises ValueError and TypeError as `check_arguments` does.
     """
     check_arguments(x, codewords, scale)
+    if kernels.usable(x, codewords, scale):
+        return kernels.encode(x, codewords, scale, _factor(reference_positions, x.shape[2] * x.shape[3]))
     with torch.autocast(x.device.type, enabled=False):
         return encode_reference(x, codewords, scale, reference_positions)
 
@@ -79,33 +112,45 @@ def _(x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float = 
     return x.new_empty((x.shape[0], codewords.shape[0], x.shape[1]), dtype=dtype)
 
 
+@torch.library.custom_op("encnet::encode_backward", mutates_args=())
+def encode_backward(
+    grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, codewords and scale, each of its argument's dtype, from that of the (B, K, D) result.
+
+    Only the arguments of the forward pass are needed. An operator of its own, so that tracing sees one node.
+    """
+    if kernels.usable(x, codewords, scale):
+        factor = _factor(reference_positions, x.shape[2] * x.shape[3])
+        grad_x, grad_codewords, grad_scale = kernels.encode_backward(grad, x, codewords, scale, factor)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x, grad_codewords, grad_scale = _reference_backward(grad, x, codewords, scale, reference_positions)
+    return (
+        grad_x.to(x.dtype).contiguous(memory_format=kernels.memory_format(x)),
+        grad_codewords.to(codewords.dtype).contiguous(),
+        grad_scale.to(scale.dtype).contiguous(),
+    )
+
+
+@encode_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x, memory_format=kernels.memory_format(x)),
+        torch.empty_like(codewords, memory_format=torch.contiguous_format),
+        torch.empty_like(scale, memory_format=torch.contiguous_format),
+    )
+
+
 def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, codewords, scale, ctx.reference_positions = inputs
     ctx.save_for_backward(x, codewords, scale)
 
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    """The specification's closed form (section 5.1), the weights computed anew from the three saved inputs."""
-    x, codewords, scale = ctx.saved_tensors
-    with torch.autocast(x.device.type, enabled=False):
-        positions = _positions(x)
-        c, s = codewords.to(positions.dtype), scale.to(positions.dtype)
-        g = grad.to(positions.dtype) * _factor(ctx.reference_positions, positions.shape[1])
-        distances = _squared_distances(positions, c)
-        weights = torch.softmax(s * distances, dim=-1)
-        projection = positions @ g.transpose(1, 2) - (g * c).sum(-1).unsqueeze(1)
-        grad_logits = weights * (projection - (weights * projection).sum(-1, keepdim=True))
-        grad_scale = (grad_logits * distances).sum((0, 1))
-        w = 2 * s * grad_logits
-        grad_x = weights @ g + w.sum(-1, keepdim=True) * positions - w @ c
-        grad_codewords = (
-            w.sum((0, 1)).unsqueeze(-1) * c
-            - (w.transpose(1, 2) @ positions).sum(0)
-            - (weights.sum(1).unsqueeze(-1) * g).sum(0)
-        )
-    batch, _, height, width = x.shape
-    grad_x = grad_x.view(batch, height, width, -1).permute(0, 3, 1, 2)
-    return grad_x.to(x.dtype), grad_codewords.to(codewords.dtype), grad_scale.to(scale.dtype), None
+    return *encode_backward(grad, *ctx.saved_tensors, ctx.reference_positions), None
 
 
 encode.register_autograd(_backward, setup_context=_save_inputs)
