@@ -14,16 +14,21 @@ SERVE_REQUIREMENTS := service/requirements$(if $(shell command -v nvidia-smi),-g
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test setup lint train-camvid clean
+.PHONY: help serve test setup lint kernels train-camvid clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 serve: .venv-serve/ready ## set up and serve the embedded model on http://127.0.0.1:8000 (PORT=, HOST=, MODEL=file.onnx)
+	@$(SERVE_PYTHON) model/kernels/build.py --quiet
 	@exec $(SERVE_PYTHON) -m service serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
 test: setup lint ## set up and run lint, types and the whole test suite
+	@$(TEST_PYTHON) model/kernels/build.py --quiet
 	$(TEST_PYTHON) -m pytest
+
+kernels: ## compile the Encoding kernels into build/ with g++ or CXX=; everything works without them, slower
+	@$(PYTHON) model/kernels/build.py
 
 setup: .venv/ready ## everything for training, export and tests, in .venv
 
@@ -38,8 +43,8 @@ train-camvid: .venv/ready ## train, evaluate and export the embedded model anew 
 	$(TEST_PYTHON) -m model.evaluate runs/camvid/final.pt --data $(DATA)/camvid --split test
 	$(TEST_PYTHON) -m export runs/camvid/final.pt --output runs/camvid/camvid.onnx
 
-clean: ## remove the virtual environments and caches (runs/ stays)
-	rm -rf .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache
+clean: ## remove the virtual environments, kernels and caches (runs/ stays)
+	rm -rf build .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache
 
 define make_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
