@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime as ort
 from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt, ValidationError, model_validator
 
+from service import kernels
+
 HOW_TO_EXPORT = "`python -m export CHECKPOINT --output FILE.onnx` makes a file that can be served"
 
 _INPUTS = {"image": "tensor(uint8)", "scales": "tensor(float)", "flip": "tensor(bool)"}
@@ -174,6 +176,8 @@ def _open_session(model: Path, providers: list[Any], threads: int) -> ort.Infere
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
+    if providers == ["CPUExecutionProvider"]:  # beside CUDA, a kernel for the CPU would fetch the features from the GPU
+        kernels.register(options)
     try:
         return ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
