@@ -64,10 +64,10 @@ def encode_reference(x: Tensor, codewords: Tensor, scale: Tensor, reference_posi
     return encoded * _factor(reference_positions, positions.shape[1])
 
 
-def _reference_backward(
+def encode_backward_reference(
     grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification's closed form (section 5.1), the weights computed anew."""
+    """The twin of `encode_backward`: the specification's closed form (section 5.1), the weights computed anew."""
     positions = _positions(x)
     c, s = codewords.to(positions.dtype), scale.to(positions.dtype)
     g = grad.to(positions.dtype) * _factor(reference_positions, positions.shape[1])
@@ -122,10 +122,13 @@ def encode_backward(
     """
     if kernels.usable(x, codewords, scale):
         factor = _factor(reference_positions, x.shape[2] * x.shape[3])
-        grad_x, grad_codewords, grad_scale = kernels.encode_backward(grad, x, codewords, scale, factor)
+        gradients = kernels.encode_backward(grad, x, codewords, scale, factor)
     else:
         with torch.autocast(x.device.type, enabled=False):
-            grad_x, grad_codewords, grad_scale = _reference_backward(grad, x, codewords, scale, reference_positions)
+            grad_x, grad_codewords, grad_scale = encode_backward_reference(
+                grad, x, codewords, scale, reference_positions
+            )
+    grad_x, grad_codewords, grad_scale = gradients
     return (
         grad_x.to(x.dtype).contiguous(memory_format=kernels.memory_format(x)),
         grad_codewords.to(codewords.dtype).contiguous(),

@@ -10,6 +10,7 @@ import logging
 import os
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,19 +45,18 @@ class _Features(Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, loaded once; None where it is switched off or missing, and, with one logged line, where it is broken."""
+    """The library, loaded once; None where it is switched off, missing, or (one logged line) broken."""
     if os.environ.get("ENCNET_KERNELS", "").lower() == "off" or not LIBRARY.exists():
         return None
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
         if loaded.encnet_interface() != INTERFACE:
             raise OSError(f"{LIBRARY.name} has interface {loaded.encnet_interface()}, wanted {INTERFACE}")
-        arrays, features = [c_void_p] * 2, POINTER(_Features)
-        loaded.encnet_torch_encode.argtypes = [POINTER(_Sizes), features, *arrays, c_void_p, c_int32]
-        loaded.encnet_torch_encode_backward.argtypes = [
-            *(POINTER(_Sizes), features, *arrays, c_void_p),
-            *(features, c_void_p, c_void_p, c_int32),
-        ]
+        sizes, features = POINTER(_Sizes), POINTER(_Features)
+        array = c_void_p
+        inputs: list[Any] = [sizes, features, array, array]
+        loaded.encnet_torch_encode.argtypes = [*inputs, array, c_int32]
+        loaded.encnet_torch_encode_backward.argtypes = [*inputs, array, features, array, array, c_int32]
         loaded.encnet_cpu_instructions.restype = c_char_p
         loaded.encnet_cpu_choose.argtypes, loaded.encnet_cpu_choose.restype = [c_char_p], c_int
     except (OSError, AttributeError) as error:

@@ -3,8 +3,8 @@
     libencnet_torch.so   for PyTorch: the kernel on OpenMP's threads
     libencnet_ort.so     for ONNX Runtime: the kernel as the custom op encnet::Encoding
 
-Needs neither torch nor ONNX Runtime nor anything outside the standard library. What is up to date is left alone. Where a
-library cannot be built the reason is printed and the exit status is still 0, because everything works without, only
+Needs neither torch nor ONNX Runtime nor anything outside the standard library. What is up to date is left alone. Where
+a library cannot be built the reason is printed and the exit status is still 0, because everything works without, only
 slower. The compiler is $CXX, or g++.
 """
 
@@ -84,7 +84,8 @@ def link(cxx: list[str], host: str, objects: list[str], library: Path) -> None:
 def digest(cxx: list[str]) -> str:
     """What the libraries depend on: sources, this script, compiler and its version."""
     version = subprocess.run([*cxx, "--version"], capture_output=True).stdout
-    parts = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp", ".py")]
+    files = [path for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
+    parts = [path.read_bytes() for path in [Path(__file__), *files]]
     return hashlib.sha256(b"\0".join([" ".join(cxx).encode(), version, *parts])).hexdigest()
 
 

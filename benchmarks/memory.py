@@ -1,0 +1,26 @@
+"""Memory that a call needs for a while, beyond what it is given and returns. Linux with the GNU C library only."""
+
+import ctypes
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _kilobytes(entry: str) -> int:
+    found = re.search(rf"{entry}:\s+(\d+) kB", STATUS.read_text())
+    assert found
+    return int(found[1])
+
+
+def extra_kilobytes(call: Callable[[], Tensor | tuple[Tensor, ...]]) -> int:
+    """Peak of resident memory during the call, less what was resident before and the tensors it returns."""
+    ctypes.CDLL(None).malloc_trim(0)  # else the call could live on memory that was freed but not given back
+    CLEAR.write_text("5")  # the peak starts anew from what is resident now
+    before = _kilobytes("VmRSS")
+    result = call()
+    returned = result if isinstance(result, tuple) else (result,)
+    return _kilobytes("VmHWM") - before - sum(tensor.nbytes for tensor in returned) // 1024
