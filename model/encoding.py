@@ -125,9 +125,7 @@ def encode_backward(
         gradients = kernels.encode_backward(grad, x, codewords, scale, factor)
     else:
         with torch.autocast(x.device.type, enabled=False):
-            grad_x, grad_codewords, grad_scale = encode_backward_reference(
-                grad, x, codewords, scale, reference_positions
-            )
+            gradients = encode_backward_reference(grad, x, codewords, scale, reference_positions)
     grad_x, grad_codewords, grad_scale = gradients
     return (
         grad_x.to(x.dtype).contiguous(memory_format=kernels.memory_format(x)),
