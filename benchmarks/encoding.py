@@ -160,16 +160,13 @@ def against_the_function_body(positions: int, threads: int, rounds: int) -> Row:
 
 
 def extra_memory(positions: int) -> Row:
-    """Kilobytes of scratch on one thread; small ones first, for what only the first call needs."""
-    made: Row = {}
-    for size in (1, positions):
-        x, codewords, scale, grad = arguments(size)
-        made = {
-            "positions": size,
-            "forward_kb": extra_kilobytes(lambda: encode(x, codewords, scale)),  # noqa: B023
-            "backward_kb": extra_kilobytes(lambda: encode_backward(grad, x, codewords, scale, 0.0)),  # noqa: B023
-        }
-    return made
+    """Kilobytes of scratch on one thread."""
+    x, codewords, scale, grad = arguments(positions)
+    return {
+        "positions": positions,
+        "forward_kb": extra_kilobytes(lambda: encode(x, codewords, scale)),
+        "backward_kb": extra_kilobytes(lambda: encode_backward(grad, x, codewords, scale, 0.0)),
+    }
 
 
 def line(row: Row) -> str:
