@@ -25,11 +25,13 @@ def engine() -> Engine:
     return Engine(EMBEDDED_MODEL, device="cpu")
 
 
-def test_the_street_has_a_road(engine: Engine) -> None:
+def test_the_street_has_houses_and_a_sky(engine: Engine) -> None:
     answer = TestClient(create_app(Settings(), engine)).post("/segment", content=STREET.read_bytes()).json()
-    rows = {row["class"].lower(): row for row in answer["presence"]}
+    rows = {row["class"]: row for row in answer["presence"]}
+    for name in ("building", "sky"):
+        assert rows[name]["present"]
+        assert rows[name]["fraction"] > 0.1
     assert rows["road"]["present"]
-    assert rows["road"]["fraction"] > 0.05
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 200), (200, 1), (3, 5), (64, 96)])

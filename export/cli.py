@@ -1,0 +1,212 @@
+"""`python -m export`: a checkpoint becomes one ONNX file, which is compared with PyTorch before it gets its name."""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+from onnx.checker import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from export import parity
+from export.compact import store_weights_in_half
+from export.core import core_model
+from export.errors import ExportError, ParityError
+from export.metadata import describe, properties
+from export.whole import whole_model
+from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.data import DataError, read_classes
+from model.files import replacing
+
+EPILOG = """the file
+  The whole graph (default) takes image uint8 (N, H, W, 3) RGB, scales float32 (S,) and flip bool (), and answers mask
+  uint8 (N, H, W), presence float32 (N, C) and probabilities float32 (N, C, H, W): resizing, mirroring, the network
+  and the merging of the views are inside. The network alone (--core) takes image float32 (N, 3, H, W), normalised,
+  and answers logits float32 (N, C, H, W) and presence_logits float32 (N, C). A stock ONNX Runtime runs both.
+
+examples:
+  python -m export runs/final.pt --output street.onnx
+  python -m export runs/final.pt --output street-half.onnx --fp16
+  python -m export encnet_resnet50s_ade.pth --output ade.onnx --classes ade20k/classes.json --reference-positions 3600
+  python -m export runs/final.pt --output street.onnx --scales 0.5,0.75,1,1.25 --flip
+
+The exit code is 0 when the file is written, 1 when ONNX Runtime and PyTorch disagree, 2 for input that cannot be
+exported. No file is left behind in the latter two cases, and one that was there before stays as it was.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="python -m export",
+        description="Turn a checkpoint into one self-contained ONNX file, and compare ONNX Runtime with PyTorch on it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    root.add_argument(
+        "checkpoint", type=Path, help="a checkpoint of this project, of PyTorch-Encoding or of mmsegmentation"
+    )
+    root.add_argument("--output", type=Path, required=True, metavar="FILE.onnx", help="the file to write")
+    root.add_argument("--core", action="store_true", help="the network alone, without resizing and merging of views")
+    precision = root.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="convolutions in float16: a file of half the size")
+    precision.add_argument(
+        "--compact",
+        action="store_true",
+        help="weights stored in float16, arithmetic in float32: a file of half the size, as fast as without on a CPU",
+    )
+    carried = root.add_argument_group("what the file says about itself (default: what the checkpoint says)")
+    carried.add_argument("--name", help="the model's name")
+    carried.add_argument("--classes", type=Path, metavar="classes.json", help="class names and colours from this file")
+    carried.add_argument("--base-size", type=_pixels, metavar="N", help="long side of a picture at scale 1, in pixels")
+    carried.add_argument(
+        "--scales", type=_scales, metavar="S,S,...", help="default scales of the views, relative to the base size"
+    )
+    carried.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, help="whether views are mirrored as well by default"
+    )
+    carried.add_argument(
+        "--reference-positions",
+        type=_positions,
+        metavar="N",
+        help="scale the scene encoding as if every picture had N feature positions, those of a training crop "
+        "(480x480 pixels at stride 8: 3600); 0 for the plain sum",
+    )
+    return root
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        scales = ()
+    if not scales or not all(0 < scale < math.inf for scale in scales):
+        raise argparse.ArgumentTypeError(f"expected positive numbers separated by commas, got {text!r}")
+    return scales
+
+
+def _pixels(text: str) -> int:
+    if not text.isdecimal() or int(text) < 8:
+        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, at least 8, got {text!r}")
+    return int(text)
+
+
+def _positions(text: str) -> float:
+    try:
+        positions = float(text)
+    except ValueError:
+        positions = -1
+    if not 0 <= positions < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of positions, 0 or more, got {text!r}")
+    return positions
+
+
+def check_output(path: Path) -> None:
+    """Raise ExportError for a place where no .onnx file can be written, before any work is done."""
+    if path.suffix != ".onnx":
+        raise ExportError(f"--output {path}: the name must end in .onnx")
+    if path.is_dir():
+        raise ExportError(f"--output {path}: is a folder, not a file")
+    if not path.parent.is_dir():
+        raise ExportError(f"--output {path}: the folder {path.parent} does not exist")
+
+
+def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Checkpoint:
+    """The checkpoint with what the command line says differently.
+
+    Raises ExportError when the number of class names does not fit, DataError for an unreadable classes file.
+    """
+    changes = {
+        key: value for key in ("name", "base_size", "scales", "flip") if (value := getattr(arguments, key)) is not None
+    }
+    if arguments.reference_positions is not None:
+        changes["config"] = dataclasses.replace(checkpoint.config, reference_positions=arguments.reference_positions)
+    if arguments.classes is not None:
+        changes["classes"], changes["palette"] = read_classes(arguments.classes)
+        count, expected = len(changes["classes"]), checkpoint.config.num_classes
+        if count != expected:
+            raise ExportError(f"{arguments.classes}: names {count} classes, the checkpoint has {expected}")
+    return dataclasses.replace(checkpoint, **changes)
+
+
+def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None:
+    """Export, compare, and only then give the file its name; `notes` takes progress."""
+    check_output(arguments.output)
+    with notes.status("reading the checkpoint") as status:
+        checkpoint = with_options(load_checkpoint(arguments.checkpoint), arguments)
+        network = build_model(checkpoint)
+
+        status.update(f"translating {checkpoint.config.backbone} to ONNX")
+        core = core_model(network, fp16=arguments.fp16)
+        if arguments.compact:
+            store_weights_in_half(core.graph)
+        describe(core, properties(checkpoint, whole=False, fp16=arguments.fp16))
+        model = core
+        if not arguments.core:
+            model = whole_model(
+                core,
+                mean=checkpoint.mean,
+                std=checkpoint.std,
+                base_size=checkpoint.base_size,
+                align_corners=checkpoint.config.align_corners,
+            )
+            describe(model, properties(checkpoint, whole=True, fp16=arguments.fp16))
+        try:
+            onnx.checker.check_model(model)
+        except ValidationError as error:
+            raise ExportError(f"the exported graph is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
+
+        status.update("comparing ONNX Runtime with PyTorch")
+        tolerance = parity.FLOAT16 if arguments.fp16 or arguments.compact else parity.FLOAT32
+        data = model.SerializeToString()
+        with replacing(arguments.output) as file:
+            file.write(data)
+            file.flush()
+            comparisons = parity.compare_core(core.SerializeToString(), network, checkpoint, tolerance)
+            if not arguments.core:
+                comparisons += parity.compare_whole(data, network, checkpoint, tolerance)
+            console.print(table(comparisons))
+            parity.check(comparisons)
+    worst = max(error for comparison in comparisons for error in comparison.errors.values())
+    equal = min(comparison.equal_labels for comparison in comparisons)
+    console.print(
+        f"{arguments.output}: {len(data) / 1e6:.1f} MB, largest error {worst:.2g}, at least {equal:.3%} equal labels",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def table(comparisons: Sequence[parity.Comparison]) -> Table:
+    """One row per comparison: the largest error of each output beside what is allowed."""
+    result = Table(title="ONNX Runtime and PyTorch")
+    for column in ("graph", "pictures", "largest error (allowed)", "equal labels", ""):
+        result.add_column(column, justify="right" if column == "equal labels" else "left")
+    for comparison in comparisons:
+        errors = "\n".join(
+            f"{name} {error:.2g} ({comparison.allowed[name]:.2g})" for name, error in comparison.errors.items()
+        )
+        result.add_row(
+            comparison.graph,
+            str(comparison.case),
+            errors,
+            f"{comparison.equal_labels:.3%}",
+            "ok" if comparison.agrees else "differs",
+        )
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; 1 when the graphs disagree, 2 for input that cannot be exported, each after a sentence on standard error."""
+    arguments = parser().parse_args(argv)
+    try:
+        run(arguments, Console(), Console(stderr=True))
+    except ParityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ExportError, CheckpointError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

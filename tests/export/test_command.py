@@ -1,0 +1,238 @@
+"""`python -m export` as a person runs it: the file, the report, the refusals, and nothing left behind."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import onnx
+import onnxruntime
+import pytest
+import torch
+from networks import copy_of, exported_network, pictures, small_checkpoint, small_network
+
+from export import cli, parity
+from export.parity import Case, Comparison, largest_error
+from export.whole import subgraphs
+from model.checkpoint import load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "small.pt"
+    save_checkpoint(path, small_checkpoint(small_network(), licence="CC0"))
+    return path
+
+
+def export(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def classes_file(path: Path, count: int) -> Path:
+    entries = [{"id": index, "name": f"thing {index}", "color": [index, 0, 0]} for index in range(count)]
+    path.write_text(json.dumps({"classes": entries}), encoding="utf-8")
+    return path
+
+
+def test_command_writes_a_file_and_reports(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small.onnx"
+    done = subprocess.run(
+        [sys.executable, "-m", "export", str(checkpoint), "--output", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "equal labels" in done.stdout
+    assert "largest error" in done.stdout
+    assert "Warning" not in done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+
+    runtime = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    values = runtime.get_modelmeta().custom_metadata_map
+    assert values["checkpoint_sha256"] == load_checkpoint(checkpoint).sha256
+    assert values["licence"] == "CC0"
+    feeds = {"image": pictures(1, 30, 40), "scales": numpy.array([1.0], numpy.float32), "flip": numpy.array(True)}
+    mask, presence, _ = runtime.run(["mask", "presence", "probabilities"], feeds)
+    assert mask.shape == (1, 30, 40)
+    assert ((presence >= 0) & (presence <= 1)).all()
+    assert output.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.fixture
+def translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what comes after the translation to ONNX: the checkpoint's network, translated before."""
+    monkeypatch.setattr(cli, "core_model", lambda network, fp16: copy_of(exported_network()[1]))
+
+
+def test_whole_in_half_precision_with_options(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "half.onnx"
+    classes = classes_file(tmp_path / "classes.json", 5)
+    options = ["--name", "street", "--classes", classes, "--base-size", 96, "--scales", "0.75,1", "--no-flip"]
+    assert export(checkpoint, "--output", output, "--fp16", "--reference-positions", 50, *options) == 0
+    model = onnx.load(output)
+    values = {entry.key: entry.value for entry in model.metadata_props}
+    assert values["graph"] == "whole"
+    assert values["precision"] == "float16"
+    assert values["name"] == "street"
+    assert values["base_size"] == "96"
+    assert json.loads(values["scales"]) == [0.75, 1.0]
+    assert values["flip"] == "false"
+    assert json.loads(values["classes"]) == [f"thing {index}" for index in range(5)]
+    assert values["reference_positions"] == "50"
+    nodes = [node for graph in subgraphs(model.graph) for node in graph.node if node.domain == "encnet"]
+    assert [node.attribute[0].f for node in nodes] == [50]
+    parameters = sum(p.numel() for n, p in small_network().named_parameters() if not n.startswith("aux."))
+    assert output.stat().st_size < 2.1 * parameters + 50_000
+
+
+@pytest.mark.usefixtures("translated")
+def test_compact_halves_the_file_and_computes_in_float32(checkpoint: Path, tmp_path: Path) -> None:
+    plain, compact = tmp_path / "plain.onnx", tmp_path / "compact.onnx"
+    assert export(checkpoint, "--output", plain) == 0
+    assert export(checkpoint, "--output", compact, "--compact") == 0
+    assert compact.stat().st_size < 0.51 * plain.stat().st_size
+    model = onnx.load(compact)
+    values = {entry.key: entry.value for entry in model.metadata_props}
+    assert values["precision"] == "float32"
+    casts = [node for graph in subgraphs(model.graph) for node in graph.node if node.op_type == "Cast"]
+    assert sum(node.input[0].endswith("/half") for node in casts) > 10
+    feeds = {"image": pictures(1, 40, 56), "scales": numpy.ones(1, numpy.float32), "flip": numpy.array(False)}
+    answers = [
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["probabilities"], feeds)[0]
+        for path in (plain, compact)
+    ]
+    assert 0 < numpy.abs(answers[0] - answers[1]).max() < 0.05, "rounded weights, nothing else"
+
+
+@pytest.mark.usefixtures("translated")
+def test_network_alone(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "core.onnx"
+    assert export(checkpoint, "--output", output, "--core") == 0
+    assert "network" in capsys.readouterr().out
+    model = onnx.load(output)
+    assert {entry.key: entry.value for entry in model.metadata_props}["graph"] == "core"
+    assert [value.name for value in model.graph.output] == ["logits", "presence_logits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("small.pt", "must end in .onnx"), ("missing/small.onnx", "does not exist"), ("folder.onnx", "is a folder")],
+)
+def test_impossible_output(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    assert export(checkpoint, "--output", tmp_path / name) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder.onnx"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
+    """The one sentence on standard error of a run that exits 2 and writes nothing."""
+    output = folder / "refused.onnx"
+    assert export(*arguments, "--output", output) == 2
+    assert not [path for path in folder.iterdir() if "refused" in path.name]
+    error = capsys.readouterr().err.strip()
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in error
+    return lines[0]
+
+
+def test_what_is_no_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such file" in refused(capsys, tmp_path, tmp_path / "missing.pt")
+    text = tmp_path / "text.pt"
+    text.write_text("hello")
+    assert "text.pt" in refused(capsys, tmp_path, text)
+    half = tmp_path / "half.pt"
+    half.write_bytes(checkpoint.read_bytes()[:1000])
+    assert "half.pt" in refused(capsys, tmp_path, half)
+    other = tmp_path / "other.pt"
+    torch.save({"weight": torch.zeros(3)}, other)
+    assert "other.pt" in refused(capsys, tmp_path, other)
+
+
+def test_weights_that_are_missing_or_no_numbers(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = load_checkpoint(checkpoint)
+    weights = {key: value for key, value in good.weights.items() if key != "head.presence.bias"}
+    save_checkpoint(tmp_path / "lacking.pt", dataclasses.replace(good, weights=weights))
+    assert "head.presence.bias" in refused(capsys, tmp_path, tmp_path / "lacking.pt")
+    weights = {**good.weights, "head.presence.bias": torch.full((5,), torch.nan)}
+    save_checkpoint(tmp_path / "nan.pt", dataclasses.replace(good, weights=weights))
+    assert "head.presence.bias" in refused(capsys, tmp_path, tmp_path / "nan.pt")
+
+
+def test_classes_that_do_not_fit(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes = classes_file(tmp_path / "classes.json", 7)
+    assert "names 7 classes, the checkpoint has 5" in refused(capsys, tmp_path, checkpoint, "--classes", classes)
+    classes.write_text("[1, 2]")
+    assert "classes.json" in refused(capsys, tmp_path, checkpoint, "--classes", classes)
+
+
+@pytest.mark.parametrize(
+    "options", [["--scales", "1,x"], ["--scales", "0"], ["--base-size", "-3"], ["--reference-positions", "nan"]]
+)
+def test_options_that_make_no_sense(checkpoint: Path, tmp_path: Path, options: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        export(checkpoint, "--output", tmp_path / "x.onnx", *options)
+    assert stopped.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("translated")
+def test_disagreement_fails_and_leaves_the_old_file(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parity, "FLOAT32", dataclasses.replace(parity.FLOAT32, logits=0.0))
+    output = tmp_path / "small.onnx"
+    assert export(checkpoint, "--output", output, "--core") == 1
+    assert not list(tmp_path.iterdir())
+    captured = capsys.readouterr()
+    assert "disagree" in captured.err
+    assert "differs" in captured.out
+    output.write_bytes(b"the old file")
+    assert export(checkpoint, "--output", output, "--core") == 1
+    assert output.read_bytes() == b"the old file"
+
+
+@pytest.mark.usefixtures("translated")
+def test_a_broken_graph_is_noticed(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corners aligned where the network does not: only the comparison can tell."""
+    built = cli.whole_model
+    monkeypatch.setattr(cli, "whole_model", lambda core, **options: built(core, **{**options, "align_corners": False}))
+    assert export(checkpoint, "--output", tmp_path / "small.onnx") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_parity_runs_three_sizes_and_two_batches_with_scales_and_mirroring() -> None:
+    for cases in (parity.CORE_CASES, parity.WHOLE_CASES):
+        assert len({(case.height, case.width) for case in cases}) >= 3
+        assert len({case.batch for case in cases}) >= 2
+    assert any(len(case.scales) > 1 and case.flip for case in parity.WHOLE_CASES)
+    assert parity.FLOAT32.logits <= 1e-3
+    assert parity.FLOAT32.labels >= 0.999
+
+
+def test_not_a_number_and_wrong_shapes_never_agree() -> None:
+    nan = largest_error(numpy.array([1.0, numpy.nan]), numpy.array([1.0, 1.0]))
+    shape = largest_error(numpy.zeros((2, 1)), numpy.zeros(2))
+    for error in (nan, shape):
+        comparison = Comparison("network", Case(1, 2, 3), {"logits": error}, {"logits": 1.0}, 1.0, 0.999)
+        assert not comparison.agrees
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        export("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert "exit code" in text
