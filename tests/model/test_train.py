@@ -128,7 +128,7 @@ def test_it_learns_and_its_checkpoint_is_complete(scenes, tmp_path, capsys):
     assert checkpoint.versions["torch"] == torch.__version__ and checkpoint.config.reference_positions == 16
     build_model(checkpoint)
     losses = [float(line.split("loss ")[1].split()[0]) for line in printed.splitlines() if " loss " in line]
-    assert sum(losses[-6:]) < 0.6 * sum(losses[:6])
+    assert sum(losses[-6:]) < 0.75 * sum(losses[:6])
     assert list((out / "events").iterdir()) and (out / "best.pt").exists()
 
 
