@@ -41,7 +41,7 @@ train-camvid: .venv/ready ## train, evaluate and export the embedded model anew 
 	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid --config model/recipes/camvid-resnet18c.toml \
 		$(if $(wildcard runs/camvid/last.pt),--resume)
 	$(TEST_PYTHON) -m model.evaluate runs/camvid/final.pt --data $(DATA)/camvid --split test
-	$(TEST_PYTHON) -m export runs/camvid/final.pt --output runs/camvid/camvid.onnx
+	$(TEST_PYTHON) -m export runs/camvid/final.pt --output runs/camvid/camvid.onnx --compact
 
 clean: ## remove the virtual environments, kernels and caches (runs/ stays)
 	rm -rf build .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache
