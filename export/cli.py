@@ -18,6 +18,7 @@ from export.core import core_model
 from export.errors import ExportError, ParityError
 from export.metadata import describe, properties
 from export.whole import whole_model
+from model.arguments import positive_numbers
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, read_classes
 from model.files import replacing
@@ -63,7 +64,10 @@ def parser() -> argparse.ArgumentParser:
     carried.add_argument("--classes", type=Path, metavar="classes.json", help="class names and colours from this file")
     carried.add_argument("--base-size", type=_pixels, metavar="N", help="long side of a picture at scale 1, in pixels")
     carried.add_argument(
-        "--scales", type=_scales, metavar="S,S,...", help="default scales of the views, relative to the base size"
+        "--scales",
+        type=positive_numbers,
+        metavar="S,S,...",
+        help="default scales of the views, relative to the base size",
     )
     carried.add_argument(
         "--flip", action=argparse.BooleanOptionalAction, help="whether views are mirrored as well by default"
@@ -76,16 +80,6 @@ def parser() -> argparse.ArgumentParser:
         "(480x480 pixels at stride 8: 3600); 0 for the plain sum",
     )
     return root
-
-
-def _scales(text: str) -> tuple[float, ...]:
-    try:
-        scales = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        scales = ()
-    if not scales or not all(0 < scale < math.inf for scale in scales):
-        raise argparse.ArgumentTypeError(f"expected positive numbers separated by commas, got {text!r}")
-    return scales
 
 
 def _pixels(text: str) -> int:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from model.arguments import positive_numbers
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, library_versions, load_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
@@ -260,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
     root.add_argument(
         "--scales",
-        type=_scales,
+        type=positive_numbers,
         default=(1.0,),
         metavar="S,S,...",
         help="sizes of the views relative to the base size, comma-separated (default: 1.0)",
@@ -296,16 +297,6 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
     root.add_argument("--limit", type=_pictures, default=0, metavar="N", help="score only the first N pictures")
     return root
-
-
-def _scales(text: str) -> tuple[float, ...]:
-    try:
-        scales = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        scales = ()
-    if not scales or not all(0 < scale < math.inf for scale in scales):
-        raise argparse.ArgumentTypeError(f"expected positive numbers separated by commas, got {text!r}")
-    return scales
 
 
 def _whole_number(text: str, least: int, unit: str) -> int:
