@@ -1,6 +1,6 @@
 """ONNX Runtime against PyTorch, on made pictures of several sizes: do the file and the checkpoint agree?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -97,9 +97,8 @@ def compare_core(
     checkpoint: Checkpoint,
     tolerance: Tolerance,
     cases: Sequence[Case] = CORE_CASES,
-    advance: Callable[[Comparison], None] = lambda comparison: None,
 ) -> list[Comparison]:
-    """The network graph, case by case; `advance` is called with each comparison as it is made."""
+    """The network graph, case by case."""
     runtime = session(model)
     comparisons = []
     for case in cases:
@@ -123,7 +122,6 @@ def compare_core(
             tolerance.labels,
         )
         comparisons.append(comparison)
-        advance(comparison)
     return comparisons
 
 
@@ -133,9 +131,8 @@ def compare_whole(
     checkpoint: Checkpoint,
     tolerance: Tolerance,
     cases: Sequence[Case] = WHOLE_CASES,
-    advance: Callable[[Comparison], None] = lambda comparison: None,
 ) -> list[Comparison]:
-    """The whole graph against `model.predict.predict`, case by case; `advance` is called with each comparison."""
+    """The whole graph against `model.predict.predict`, case by case."""
     runtime = session(model)
     comparisons = []
     for case in cases:
@@ -167,7 +164,6 @@ def compare_whole(
             tolerance.labels,
         )
         comparisons.append(comparison)
-        advance(comparison)
     return comparisons
 
 

@@ -151,10 +151,3 @@ class ResNet(nn.Module):
         c3 = self.get_submodule("layer3")(c2)
         c4 = self.get_submodule("layer4")(c3)
         return Stages(c1, c2, c3, c4)
-
-
-def feature_size(pixels: int, output_stride: int) -> int:
-    """Feature positions along a side of that many pixels: every stride-2 step rounds up."""
-    for _ in range(int(math.log2(output_stride))):
-        pixels = (pixels + 1) // 2
-    return pixels
