@@ -25,8 +25,8 @@ from rich.progress import Progress, track
 
 from export.core import core_model
 from export.whole import whole_model
-from model.checkpoint import Checkpoint, build_model, load_checkpoint
-from model.data import SegmentationData, open_dataset
+from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.data import DataError, SegmentationData, open_dataset
 from model.evaluate import Options, evaluate
 from model.metrics import mean_iou, pixel_accuracy
 
@@ -83,8 +83,11 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--rounds", type=int, default=20, help="timings of each network (default 20)")
     options = parser.parse_args()
-    checkpoint = load_checkpoint(options.checkpoint)
-    data = open_dataset(options.data, options.split)
+    try:
+        checkpoint = load_checkpoint(options.checkpoint)
+        data = open_dataset(options.data, options.split)
+    except (CheckpointError, DataError) as error:
+        parser.error(str(error))
     times = milliseconds({stride: session_at(checkpoint, stride) for stride in (8, 16)}, options.rounds)
     medians = {stride: statistics.median(values) for stride, values in times.items()}
     result: dict[str, Any] = {

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from service.engine import Engine
+from service.engine import Engine, ModelError
+from service.errors import InputError
 from service.images import decode
 from service.presence import presence_rows
 from service.render import overlay_jpeg
@@ -46,4 +47,7 @@ def main(picture_path: Path, output: Path, model: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) == 4 else Settings().model)
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) == 4 else Settings().model)
+    except (InputError, ModelError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -220,7 +220,8 @@ def read_pickle(path: Path) -> Any:
                 f"d = torch.load({path.name!r}, map_location='cpu', weights_only=False); "
                 "torch.save({'state_dict': d.get('state_dict', d)}, 'weights.pth')\""
             ) from error
-        reason = message.splitlines()[0] if message else type(error).__name__
+        advice = "weights_only"  # torch's advice to load it unsafely, which is not ours
+        reason = message.splitlines()[0] if message and advice not in message else type(error).__name__
         raise CheckpointError(
             f"{path}: not readable as a PyTorch checkpoint (truncated, or no checkpoint): {reason}"
         ) from error

@@ -395,7 +395,7 @@ def main(arguments: list[str] | None = None) -> int:
             run.restore(saved)
         del saved
         train(run)
-    except (RecipeError, DataError, CheckpointError) as error:
+    except (RecipeError, DataError, CheckpointError, OSError) as error:
         errors.print(f"error: {error}")
         return 2
     finally:
