@@ -48,3 +48,7 @@ def test_scales_and_flip_change_the_answer_a_little(engine: Engine) -> None:
     merged = engine.segment(pixels, [0.5, 0.75], True).mask
     assert plain.shape == merged.shape == pixels.shape[:2]
     assert 0.6 < (plain == merged).mean() < 1
+
+
+def test_the_file_is_small_enough_for_the_repository() -> None:
+    assert EMBEDDED_MODEL.stat().st_size <= 40_000_000
