@@ -1,4 +1,4 @@
-"""Training crops: mirror, scale, rotate and crop in one warp, then colour jitter; all of it decided by one seed."""
+"""Training crops: mirror, scale, rotate and crop in one warp, then light and colour; all of it decided by one seed."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,9 @@ from model.losses import IGNORE
 @dataclass(frozen=True)
 class Augmentation:
     """crop: side in pixels; base_size: long side in pixels at scale 1; scale: range, uniform;
-    rotation: largest angle in degrees, either way; jitter: largest relative change of brightness, contrast, saturation.
+    rotation: largest angle in degrees, either way; jitter: largest relative change of brightness, contrast, saturation;
+    gamma: a picture's values in 0..1 are raised to a power from 2^-gamma to 2^gamma;
+    white_balance: largest relative change of each channel by itself.
     """
 
     crop: int
@@ -26,6 +28,8 @@ class Augmentation:
     mirror: bool = True
     rotation: float = 10.0
     jitter: float = 0.3
+    gamma: float = 0.0
+    white_balance: float = 0.0
 
 
 def augment(
@@ -62,6 +66,11 @@ def augment(
         for position in random.permutation(len(enhancers)):
             amount = random.uniform(1 - options.jitter, 1 + options.jitter)
             picture = enhancers[position](picture).enhance(amount)
+    if options.gamma or options.white_balance:
+        power = 2 ** random.uniform(-options.gamma, options.gamma)
+        gains = random.uniform(1 - options.white_balance, 1 + options.white_balance, size=(3, 1))
+        curves = 255 * gains * (numpy.arange(256) / 255) ** power
+        picture = picture.point(numpy.clip(curves, 0, 255).round().astype(int).ravel().tolist())
     return numpy.asarray(picture), numpy.asarray(label)
 
 

@@ -45,6 +45,8 @@ class Recipe:
     mirror: bool = option(True, "mirror half of the crops")
     rotation: float = option(10.0, "largest rotation in degrees, either way")
     jitter: float = option(0.3, "largest relative change of brightness, contrast and saturation")
+    gamma: float = option(0.0, "values are raised to a power from 2^-gamma to 2^gamma")
+    white_balance: float = option(0.0, "largest relative change of each colour channel by itself")
 
     epochs: int = option(120, "passes over the train split")
     batch: int = option(16, "crops per step, over all processes together")
@@ -80,7 +82,10 @@ class Recipe:
             ),
             (0 < self.scale_min <= self.scale_max, "scales must satisfy 0 < scale_min <= scale_max"),
             (0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}"),
-            (0 <= self.jitter < 1, f"jitter must be in [0, 1), got {self.jitter}"),
+            *(
+                (0 <= getattr(self, key) < 1, f"{key} must be in [0, 1), got {getattr(self, key)}")
+                for key in ("jitter", "white_balance")
+            ),
             (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
             *(
                 (getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
@@ -88,7 +93,7 @@ class Recipe:
             ),
             *(
                 (getattr(self, key) >= 0, f"{key} must not be negative, got {getattr(self, key)}")
-                for key in ("warmup", "clip", "workers", "weight_decay", "rotation", "seed")
+                for key in ("warmup", "clip", "workers", "weight_decay", "rotation", "gamma", "seed")
             ),
         )
         broken = [message for holds, message in rules if not holds]

@@ -125,6 +125,8 @@ class Run:
             recipe.mirror,
             recipe.rotation,
             recipe.jitter,
+            recipe.gamma,
+            recipe.white_balance,
         )
         self.crops = TrainingCrops(train, options, recipe.seed, (fill[0], fill[1], fill[2]))
         self.steps_per_epoch = len(train) // recipe.batch
