@@ -138,7 +138,10 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
             device, partial(engine.segment, picture.pixels, options.scales, options.flip)
         )
         rows = presence_rows(result.mask, result.presence, engine.metadata.classes, settings.threshold)
-        png, encode_wait, encode_ms = await _in_thread(workers, partial(mask_png, result.mask, engine, rows))
+        texts = {"model": engine.metadata.name, "model_sha256": engine.sha256, "presence": rows}
+        png, encode_wait, encode_ms = await _in_thread(
+            workers, partial(mask_png, result.mask, engine.metadata.classes, engine.metadata.palette, texts)
+        )
         timings = Timings(
             decode=decode_ms,
             queue=decode_wait + device_wait + encode_wait,
