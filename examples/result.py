@@ -13,7 +13,7 @@ from service.engine import Engine, ModelError
 from service.errors import InputError
 from service.images import decode
 from service.presence import presence_rows
-from service.render import overlay_jpeg
+from service.render import overlay_picture
 from service.settings import Settings
 
 HEIGHT, BAR, ROW, MARGIN = 375, 120, 30, 16
@@ -26,7 +26,7 @@ def main(picture_path: Path, output: Path, model: Path) -> None:
     picture = decode(picture_path.read_bytes(), max_bytes=settings.max_bytes, max_pixels=settings.max_pixels)
     result = engine.segment(picture.pixels)
     rows = presence_rows(result.mask, result.presence, engine.metadata.classes, settings.threshold)
-    overlay = Image.open(io.BytesIO(overlay_jpeg(picture.pixels, result.mask, engine.metadata.palette, 0.6)))
+    overlay = Image.open(io.BytesIO(overlay_picture(picture.pixels, result.mask, engine.metadata.palette, 0.6)))
     width = round(HEIGHT * picture.width / picture.height)
     sheet = Image.new("RGB", (2 * width + 3 * MARGIN + 130 + BAR + 60, HEIGHT), PAPER)
     sheet.paste(Image.fromarray(picture.pixels).resize((width, HEIGHT), Image.Resampling.LANCZOS), (0, 0))

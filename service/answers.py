@@ -47,15 +47,6 @@ class RleMask(MaskSize):
     segments: list[dict[str, Any]] = Field(description="COCO: class, id, segmentation {size, counts}, area, bbox.")
 
 
-class PolygonMask(MaskSize):
-    """The label map as outlines."""
-
-    format: Literal["polygons"] = "polygons"
-    features: dict[str, Any] = Field(
-        description="A GeoJSON FeatureCollection in pixels, x to the right, y down: one MultiPolygon for each class."
-    )
-
-
 class AttachedMask(MaskSize):
     """The label map is in the other part of the answer."""
 
@@ -95,7 +86,7 @@ class SegmentAnswer(BaseModel):
     image: ImageFacts
     scales: list[float] = Field(description="Scales that were averaged.")
     flip: bool = Field(description="Whether mirrored views were averaged too.")
-    mask: PngMask | RleMask | PolygonMask | AttachedMask = Field(discriminator="format")
+    mask: PngMask | RleMask | AttachedMask = Field(discriminator="format")
     presence: list[PresenceRow] = Field(description="Every class asked about, the highest score first.")
     cost: Cost
     timing_ms: Timings

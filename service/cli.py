@@ -20,7 +20,7 @@ from service.images import decode
 from service.models import Models
 from service.options import Options, parse_options
 from service.presence import presence_rows
-from service.render import mask_png, overlay_jpeg
+from service.render import mask_png, overlay_picture
 from service.settings import Settings
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"}
@@ -235,11 +235,13 @@ def _segment_files(
                 "presence": rows,
                 "infer_ms": result.infer_ms,
             }
-            write_whole(output / entry["mask"], mask_png(result.mask, engine, rows))
+            texts = {"model": engine.metadata.name, "model_sha256": engine.sha256, "presence": rows}
+            png = mask_png(result.mask, engine.metadata.classes, engine.metadata.palette, texts)
+            write_whole(output / entry["mask"], png)
             if overlay:
                 entry["overlay"] = name + OVERLAY_SUFFIX
                 write_whole(
-                    output / entry["overlay"], overlay_jpeg(picture.pixels, result.mask, engine.metadata.palette)
+                    output / entry["overlay"], overlay_picture(picture.pixels, result.mask, engine.metadata.palette)
                 )
             entries.append(entry)
             present = ", ".join(row["class"] for row in rows if row["present"]) or "no class is present"

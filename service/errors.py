@@ -19,6 +19,7 @@ STATUS_OF_CODE = {
     "unknown_option": 422,
     "invalid_option": 422,
     "contradicting_options": 422,
+    "too_detailed": 422,
     "url_refused": 422,
     "url_failed": 422,
     "overloaded": 429,

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 from service.errors import InputError
 
 _CHUNK = 64 * 1024
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
+_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215
 _PORTS = {"http": 80, "https": 443}
 
 Resolver = Callable[[str, int], list[str]]
@@ -30,7 +32,12 @@ def is_public(address: str) -> bool:
     """Whether an address belongs to the public internet; an IPv6 address that carries an IPv4 one counts as that."""
     parsed: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
-        parsed = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo[1] if parsed.teredo else parsed)
+        if parsed in _LOCAL_NAT64:
+            return False
+        embedded = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo[1] if parsed.teredo else None)
+        if parsed in _NAT64:
+            embedded = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+        parsed = embedded or parsed
     return parsed.is_global and not parsed.is_multicast
 
 

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from service.errors import InputError
+from service.formats import FormatName
 from service.settings import Settings
-
-Format = Literal["json", "png", "overlay", "rle", "polygons", "npz", "multipart"]
 
 
 class Options(BaseModel):
@@ -40,9 +39,9 @@ class Options(BaseModel):
         "Other pixels become `other`: 255 in the mask, 65535 in a 16-bit one.",
     )
     threshold: float | None = Field(None, ge=0, le=1, description="A class counts as present from this score on.")
-    format: Format | None = Field(
+    format: FormatName | None = Field(
         None,
-        description="`json` (default: mask as PNG in base64, and presence), `png` (indexed mask), `overlay` (JPEG), "
+        description="`json` (default: mask as PNG in base64, and presence), `png` (indexed mask), `overlay`, "
         "`rle` (COCO), `polygons` (GeoJSON), `npz` (label map and probabilities) or `multipart` (JSON and PNG). "
         "Wins over the Accept header.",
     )

@@ -3,16 +3,17 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from pydantic import BaseModel
 
-from service import formats
 from service.answers import (
     AttachedMask,
     BatchAnswer,
@@ -23,34 +24,44 @@ from service.answers import (
     ItemAnswer,
     ModelIdentity,
     PngMask,
-    PolygonMask,
     Prediction,
     RleMask,
     SegmentAnswer,
     Timings,
 )
+from service.encoders import multipart, npz, rle
+from service.engine import Engine
 from service.errors import STATUS_OF_CODE, InputError, ServiceError
 from service.fetch import fetch
+from service.formats import FORMATS, FormatName, choose_format
 from service.metrics import Metrics
 from service.models import Models
 from service.options import Options, chosen_classes, parse_options
 from service.pipeline import Pipeline, Result, in_pool
+from service.polygons import polygons
 from service.presence import PresenceRow, only_classes, presence_rows
+from service.render import mask_png, overlay_picture
 from service.upload import Upload, read_upload, read_uploads
 
-BATCH_FORMATS = ("json", "rle", "polygons")
+BATCH_FORMATS: tuple[FormatName, ...] = ("json", "rle")
 
 _SIDE_BY_SIDE = 4  # pictures of one batch that are under way at a time, so that a batch does not fill the queue
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What every format is made from: the label map as asked for, and the rows about its classes."""
+    """What every format is made from: the label map as asked for, the rows about its classes, and who made them."""
 
     result: Result
-    mask: Any
+    engine: Engine
+    mask: np.ndarray
     rows: list[PresenceRow]
-    ids: list[int] | None
+
+    def png(self) -> bytes:
+        """The label map as a PNG that explains itself."""
+        metadata = self.engine.metadata
+        texts = {"model": metadata.name, "model_sha256": self.engine.sha256, "presence": self.rows}
+        return mask_png(self.mask, metadata.classes, metadata.palette, texts)
 
 
 def segment_router(models: Models, metrics: Metrics) -> APIRouter:
@@ -81,7 +92,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         started = time.perf_counter()
         upload = await read_upload(request, settings.max_bytes)
         options = parse_options(upload.options, settings)
-        format_ = formats.choose_format(request.headers.get("accept"), options.format)
+        format_, media_type = choose_format(request.headers.get("accept"), options.format)
         options = options.model_copy(update={"format": format_})
         deadline = time.monotonic() + (options.timeout_ms or settings.timeout_ms) / 1000
         picture = await fetched(upload, deadline)
@@ -91,23 +102,22 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         async with _departure(request) as departed:
             result = await pipeline.segment(picture, options, deadline=deadline, departed=departed)
         labelled = _labelled(pipeline, result, options)
-        (body, media_type), waited, encode_ms = await in_pool(
-            models.workers, partial(_encoded, pipeline, labelled, format_), deadline
-        )
+        encoding = partial(_encoded, request, labelled, format_, media_type)
+        encoded, waited, encode_ms = await in_pool(models.workers, encoding, deadline)
         timings = _timings(result, waited, encode_ms, started, metrics)
-        if format_ in (*BATCH_FORMATS, "multipart"):
-            answer = _answer(request, pipeline, labelled, body, timings)
-            body = answer.model_dump_json().encode()
-            if format_ == "multipart":
-                png = formats.mask_png(labelled.mask, pipeline.engine, labelled.rows)
-                body, media_type = formats.multipart_body(body, png)
-        return Response(body, media_type=media_type, headers=_headers(result, timings))
+        headers = _headers(result, timings)
+        if isinstance(encoded, bytes):
+            return Response(encoded, media_type=media_type, headers=headers)
+        body = _answer(request, labelled, encoded, timings).model_dump_json().encode()
+        if format_ == "multipart":
+            body, media_type = multipart(body, labelled.png())
+        return Response(body, media_type=media_type, headers=headers)
 
     @router.post(
         "/segment/batch",
         summary="Segment several pictures",
         description="A form with several files `image` and one set of options. Each picture has its own answer or its "
-        "own error; a bad one fails alone. Formats: `json`, `rle`, `polygons`.",
+        "own error; a bad one fails alone. Formats: `json` and `rle`.",
         response_model=BatchAnswer,
         responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 422, 429, 503)},
         openapi_extra=_request_body(several=True),
@@ -133,14 +143,13 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
                     pipeline = models.pipeline(options.model)
                     result = await pipeline.segment(upload.picture, options, deadline=deadline, departed=departed)
                     labelled = _labelled(pipeline, result, options)
-                    (body, _), waited, encode_ms = await in_pool(
-                        models.workers, partial(_encoded, pipeline, labelled, format_), deadline
-                    )
+                    encoding = partial(_mask_part, labelled, format_)
+                    mask, waited, encode_ms = await in_pool(models.workers, encoding, deadline)
                 except ServiceError as error:
                     fault = Fault(code=error.code, message=error.message, request_id=request.state.request_id)
                     return ItemAnswer(name=upload.name, error=fault)
                 timings = _timings(result, waited, encode_ms, started, metrics)
-                return ItemAnswer(name=upload.name, answer=_answer(request, pipeline, labelled, body, timings))
+                return ItemAnswer(name=upload.name, answer=_answer(request, labelled, mask, timings))
 
         async with _departure(request) as departed:
             items = await asyncio.gather(*(one(upload, departed) for upload in uploads))
@@ -166,61 +175,64 @@ async def _departure(request: Request) -> "AsyncIterator[asyncio.Task[None]]":
 
 
 def _labelled(pipeline: Pipeline, result: Result, options: Options) -> Labelled:
-    metadata = pipeline.engine.metadata
-    ids = chosen_classes(options, metadata.classes)
+    engine = pipeline.engine
+    ids = chosen_classes(options, engine.metadata.classes)
     threshold = pipeline.settings.threshold if options.threshold is None else options.threshold
     mask = result.segmentation.mask
-    rows = presence_rows(mask, result.segmentation.presence, metadata.classes, threshold, ids)
-    return Labelled(result, only_classes(mask, ids), rows, ids)
+    rows = presence_rows(mask, result.segmentation.presence, engine.metadata.classes, threshold, ids)
+    return Labelled(result, engine, only_classes(mask, ids), rows)
 
 
-def _encoded(pipeline: Pipeline, labelled: Labelled, format_: str) -> tuple[Any, str]:
-    """The label map in a format, and its media type; for the JSON formats, the object that the answer will hold."""
-    metadata, mask = pipeline.engine.metadata, labelled.mask
-    size = {"width": mask.shape[1], "height": mask.shape[0]}
-    segmentation = labelled.result.segmentation
-    encoders: dict[str, Callable[[], tuple[Any, str]]] = {
-        "json": lambda: (
-            PngMask(
-                data=base64.b64encode(formats.mask_png(mask, pipeline.engine, labelled.rows)).decode("ascii"), **size
-            ),
-            "application/json",
-        ),
-        "rle": lambda: (RleMask(segments=formats.rle(mask, metadata.classes), **size), "application/json"),
-        "polygons": lambda: (
-            PolygonMask(features=formats.polygons(mask, metadata.classes), **size),
-            "application/json",
-        ),
-        "multipart": lambda: (AttachedMask(**size), "multipart/mixed"),
-        "png": lambda: (formats.mask_png(mask, pipeline.engine, labelled.rows), "image/png"),
-        "overlay": lambda: (
-            formats.overlay_jpeg(labelled.result.picture.pixels, mask, metadata.palette),
-            "image/jpeg",
-        ),
-        "npz": lambda: (
-            formats.npz(mask, segmentation.probabilities, segmentation.presence, metadata.classes),
-            "application/x-npz",
-        ),
-    }
-    return encoders[format_]()
+def _mask_part(labelled: Labelled, format_: FormatName) -> PngMask | RleMask | AttachedMask:
+    """The `mask` of an answer in JSON."""
+    height, width = labelled.mask.shape
+    if format_ == "rle":
+        return RleMask(width=width, height=height, segments=rle(labelled.mask, labelled.engine.metadata.classes))
+    if format_ == "multipart":
+        return AttachedMask(width=width, height=height)
+    return PngMask(width=width, height=height, data=base64.b64encode(labelled.png()).decode("ascii"))
 
 
-def _answer(request: Request, pipeline: Pipeline, labelled: Labelled, mask: Any, timings: Timings) -> SegmentAnswer:
-    result = labelled.result
-    picture, engine = result.picture, pipeline.engine
-    return SegmentAnswer(
-        id=request.state.request_id,
-        model=ModelIdentity(name=engine.metadata.name, sha256=engine.sha256),
-        image=ImageFacts(
+def _encoded(
+    request: Request, labelled: Labelled, format_: FormatName, media_type: str
+) -> bytes | PngMask | RleMask | AttachedMask:
+    """The whole body for the formats that are files; for those in JSON the part that takes the time."""
+    metadata, segmentation = labelled.engine.metadata, labelled.result.segmentation
+    if format_ == "png":
+        return labelled.png()
+    if format_ == "overlay":
+        kind: Literal["JPEG", "PNG"] = "PNG" if media_type == "image/png" else "JPEG"
+        return overlay_picture(labelled.result.picture.pixels, labelled.mask, metadata.palette, file_format=kind)
+    if format_ == "npz":
+        assert segmentation.probabilities is not None
+        return npz(labelled.mask, segmentation.probabilities, segmentation.presence, metadata.classes)
+    if format_ == "polygons":
+        return polygons(labelled.mask, metadata.classes, _facts(request, labelled))
+    return _mask_part(labelled, format_)
+
+
+def _facts(request: Request, labelled: Labelled) -> dict[str, Any]:
+    """What an answer says beside its mask and its timings."""
+    result, engine = labelled.result, labelled.engine
+    picture = result.picture
+    facts = {
+        "id": request.state.request_id,
+        "model": ModelIdentity(name=engine.metadata.name, sha256=engine.sha256),
+        "image": ImageFacts(
             width=picture.size[0], height=picture.size[1], exif_applied=picture.exif_applied, mode=picture.mode
         ),
-        scales=list(result.segmentation.scales),
-        flip=result.segmentation.flip,
-        mask=mask,
-        presence=labelled.rows,
-        cost=Cost(pixels=result.work.cost, predicted_ms=result.predicted_ms),
-        timing_ms=timings,
-    )
+        "scales": list(result.segmentation.scales),
+        "flip": result.segmentation.flip,
+        "presence": labelled.rows,
+        "cost": Cost(pixels=result.work.cost, predicted_ms=result.predicted_ms),
+    }
+    return {name: fact.model_dump() if isinstance(fact, BaseModel) else fact for name, fact in facts.items()}
+
+
+def _answer(
+    request: Request, labelled: Labelled, mask: PngMask | RleMask | AttachedMask, timings: Timings
+) -> SegmentAnswer:
+    return SegmentAnswer(**_facts(request, labelled), mask=mask, timing_ms=timings)
 
 
 def _timings(result: Result, waited: float, encode_ms: float, started: float, metrics: Metrics) -> Timings:
@@ -272,8 +284,17 @@ The mask has the picture's own size, after its EXIF orientation is applied (or t
 pixel's value is the id of its class. Options go in the query, the form or the JSON object. Given twice they must agree;
 a blank one counts as not given.
 
-`format=png` answers with the indexed PNG alone. It explains itself: its palette is the model's, and its text chunks
-`model`, `model_sha256`, `classes`, `palette` and `presence` hold what the JSON answer would say.
+| `format` | sent as | what it is |
+|---|---|---|
+| `json` | application/json | presence, facts, and the mask as indexed PNG in base64 |
+| `png` | image/png | the indexed PNG alone; its palette and text chunks hold what the JSON would say |
+| `overlay` | image/jpeg, image/png | the picture with the colours of the classes over it |
+| `rle` | application/json | as `json`, with COCO's compressed run lengths for each class |
+| `polygons` | application/geo+json | a FeatureCollection in pixels, x right, y down, along the pixels' edges |
+| `npz` | application/x-npz | NumPy arrays `mask`, `probabilities` (float16), `presence`, `classes` |
+| `multipart` | multipart/mixed | the JSON, and the PNG as it is |
+
+Without `format` the Accept header chooses. All but `overlay` carry exactly the same label map.
 
 Phases and their milliseconds are in `timing_ms` and in the `Server-Timing` header; what the request was charged is in
 `cost` and in `X-Cost-Pixels`, and `dry_run=true` answers only that. A full queue answers 429 with `Retry-After`.
@@ -320,7 +341,12 @@ def _segment_responses() -> dict[int | str, dict[str, Any]]:
         200: {
             "model": SegmentAnswer,
             "description": "Mask, presence and timings, or the mask in the format asked for.",
-            "content": dict.fromkeys(("image/png", "image/jpeg", "application/x-npz", "multipart/mixed"), binary),
+            "content": {
+                media_type: binary
+                for known in FORMATS.values()
+                for media_type in known.media_types
+                if media_type != "application/json"
+            },
         },
         **{
             status: {"model": ErrorAnswer, "description": "Error codes: " + ", ".join(codes)}

@@ -41,7 +41,14 @@ def serve(model_file: Path) -> Iterator[Serve]:
         process = subprocess.Popen(
             [sys.executable, "-m", "service", "serve", "--model", str(model_file), "--port", "0", *arguments],
             cwd=ROOT,
-            env={**clean, "ENCNET_DEVICE": "cpu", "ENCNET_THREADS": "1", "ENCNET_TIMEOUT_MS": "240000", "PYTHONUNBUFFERED": "1", **environment},
+            env={
+                **clean,
+                "ENCNET_DEVICE": "cpu",
+                "ENCNET_THREADS": "1",
+                "ENCNET_TIMEOUT_MS": "240000",
+                "PYTHONUNBUFFERED": "1",
+                **environment,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,0 +1,377 @@
+"""Promise: every option and every way of sending a picture does over HTTP exactly what the library does."""
+
+import base64
+import io
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+from mask_readers import parts_of, read_mask
+from PIL import Image
+from starlette.testclient import TestClient
+from tiny_model import CLASSES, encoded
+
+from service.engine import Engine
+from service.errors import InputError
+from service.fetch import fetch, is_public
+from service.formats import FORMATS
+
+LABELLED = [name for name, known in FORMATS.items() if known.carries_labels]
+
+
+@pytest.fixture(scope="module")
+def noisy() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 255, (70, 95, 3), np.uint8)
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize("format", LABELLED)
+@pytest.mark.parametrize("options", [{}, {"scales": "0.5,1", "flip": "true"}, {"window": "40", "stride": "25"}])
+def test_every_format_carries_the_engines_mask(
+    client: TestClient, engine: Engine, noisy: np.ndarray, format: str, options: dict[str, str]
+) -> None:
+    answer = client.post("/segment", params={"format": format, **options}, content=encoded(noisy))
+    assert answer.status_code == 200, answer.text
+    scales = tuple(float(scale) for scale in options["scales"].split(",")) if "scales" in options else None
+    window, stride = (int(options[name]) if name in options else None for name in ("window", "stride"))
+    direct = engine.segment(noisy, scales, options.get("flip") == "true", window=window, stride=stride)
+    mask = read_mask(format, answer.content, answer.headers["content-type"], noisy.shape[:2], np.uint8)
+    np.testing.assert_array_equal(mask, direct.mask)
+    assert answer.headers["content-type"].partition(";")[0] == FORMATS[format].media_types[0]  # type: ignore[index]
+    assert "server-timing" in answer.headers
+
+
+def test_overlay_is_the_picture_in_colours(client: TestClient, quadrants: np.ndarray) -> None:
+    answer = client.post("/segment?format=overlay", content=encoded(quadrants), headers={"Accept": "image/png"})
+    shown = np.asarray(Image.open(io.BytesIO(answer.content)))
+    np.testing.assert_array_equal(shown, quadrants)  # the tiny model's colours are those of the picture
+    assert client.post("/segment?format=overlay", content=encoded(quadrants)).headers["content-type"] == "image/jpeg"
+
+
+def test_npz_has_the_probabilities_that_the_mask_is_the_largest_of(
+    client: TestClient, engine: Engine, noisy: np.ndarray
+) -> None:
+    answer = client.post("/segment?format=npz", content=encoded(noisy))
+    direct = engine.segment(noisy, probabilities=True)
+    assert direct.probabilities is not None
+    with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["probabilities"], direct.probabilities.astype(np.float16))
+        np.testing.assert_array_equal(arrays["presence"], direct.presence)
+        assert list(arrays["classes"]) == CLASSES
+    np.testing.assert_array_equal(direct.probabilities.argmax(0), direct.mask)
+
+
+def test_polygons_and_multipart_say_what_json_says(client: TestClient, quadrants: np.ndarray) -> None:
+    picture = encoded(quadrants)
+    plain = client.post("/segment", content=picture, headers={"X-Request-ID": "a"}).json()
+    outlines = client.post("/segment?format=polygons", content=picture, headers={"X-Request-ID": "a"}).json()
+    parts = client.post("/segment?format=multipart", content=picture, headers={"X-Request-ID": "a"})
+    (kind, first), _ = parts_of(parts.content, parts.headers["content-type"])
+    attached = json.loads(first)
+    assert kind == "application/json"
+    for name in ("id", "model", "image", "scales", "flip", "presence"):
+        assert plain[name] == outlines[name] == attached[name]
+    assert attached["mask"] == {"width": 40, "height": 30, "format": "attached"}
+
+
+def test_what_cannot_be_had_is_406(client: TestClient, quadrants: np.ndarray) -> None:
+    answer = client.post("/segment", content=encoded(quadrants), headers={"Accept": "text/html"})
+    assert answer.status_code == 406
+    assert "image/png" in answer.json()["error"]["message"]
+
+
+# ---- options
+
+
+def test_windows_cover_the_picture_and_average_where_they_meet(engine: Engine) -> None:
+    image = np.random.default_rng(2).integers(0, 255, (50, 64, 3), np.uint8)
+    answer = engine.segment(image, window=32, stride=18, probabilities=True)
+    total, visits = np.zeros((4, 50, 64), np.float32), np.zeros((50, 64), np.float32)
+    for top in (0, 18):
+        for left in (0, 18, 32):
+            part = engine.segment(image[top : top + 32, left : left + 32], probabilities=True)
+            assert part.probabilities is not None
+            total[:, top : top + 32, left : left + 32] += part.probabilities
+            visits[top : top + 32, left : left + 32] += 1
+    assert visits.min() == 1
+    np.testing.assert_allclose(answer.probabilities, total / visits, rtol=1e-6)
+    np.testing.assert_array_equal(answer.mask, total.argmax(0))
+
+
+def test_a_window_larger_than_the_picture_changes_nothing(engine: Engine, noisy: np.ndarray) -> None:
+    plain, windowed = engine.segment(noisy), engine.segment(noisy, window=500)
+    np.testing.assert_array_equal(plain.mask, windowed.mask)
+    np.testing.assert_array_equal(plain.presence, windowed.presence)
+
+
+def test_max_side_reduces_the_picture_and_says_so(client: TestClient, noisy: np.ndarray) -> None:
+    answer = client.post("/segment?max_side=50", content=encoded(noisy)).json()
+    assert (answer["image"]["width"], answer["image"]["height"]) == (95, 70)
+    assert (answer["mask"]["width"], answer["mask"]["height"]) == (50, 37)
+    mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["mask"]["data"]))))
+    assert mask.shape == (37, 50)
+    larger = client.post("/segment?max_side=5000", content=encoded(noisy)).json()
+    assert (larger["mask"]["width"], larger["mask"]["height"]) == (95, 70)
+
+
+@pytest.mark.parametrize("format", LABELLED)
+@pytest.mark.parametrize("asked", ["red,blue", "1,3", "blue,1"])
+def test_classes_keeps_those_and_nothing_else(
+    client: TestClient, quadrants: np.ndarray, quadrants_mask: np.ndarray, format: str, asked: str
+) -> None:
+    answer = client.post("/segment", params={"classes": asked, "format": format}, content=encoded(quadrants))
+    mask = read_mask(format, answer.content, answer.headers["content-type"], (30, 40), np.uint8)
+    np.testing.assert_array_equal(mask, np.where(np.isin(quadrants_mask, (1, 3)), quadrants_mask, 255))
+    if format == "json":
+        assert {row["class"]: row["pixels"] for row in answer.json()["presence"]} == {"red": 300, "blue": 300}
+
+
+def test_threshold_is_the_requests_own(client: TestClient, quadrants: np.ndarray) -> None:
+    rows = client.post("/segment?threshold=1", content=encoded(quadrants)).json()["presence"]
+    assert not any(row["present"] for row in rows if row["score"] < 1)
+    rows = client.post("/segment?threshold=0", content=encoded(quadrants)).json()["presence"]
+    assert all(row["present"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("query", "part"),
+    [
+        ("classes=green,sheep", "no class 'sheep'"),
+        ("threshold=2", "at most 1"),
+        ("threshold=warm", "must be a number"),
+        ("max_side=0", "at least 1"),
+        ("max_side=1.5", "whole number"),
+        ("stride=20", "stride needs window"),
+        ("window=64&stride=70", "from 8"),
+        ("window=64&stride=1", "from 8"),
+        ("window=3", "at least 32"),
+        ("timeout_ms=999999999", "at most 300000"),
+        ("format=gif", "'json', 'png'"),
+        ("dry_run=maybe", "true or false"),
+    ],
+)
+def test_an_option_at_fault_is_a_sentence(client: TestClient, quadrants: np.ndarray, query: str, part: str) -> None:
+    answer = client.post(f"/segment?{query}", content=encoded(quadrants))
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "invalid_option"
+    assert part in answer.json()["error"]["message"]
+
+
+# ---- JSON bodies
+
+
+def data_uri(image: np.ndarray) -> str:
+    return "data:image/png;base64," + base64.b64encode(encoded(image)).decode()
+
+
+def test_json_bodies_carry_picture_and_options(client: TestClient, engine: Engine, noisy: np.ndarray) -> None:
+    body = {"image": data_uri(noisy), "scales": [0.5, 1], "flip": True, "classes": ["red", "green"], "max_side": None}
+    answer = client.post("/segment", json=body).json()
+    assert answer["scales"] == [0.5, 1.0]
+    assert answer["flip"] is True
+    assert {row["class"] for row in answer["presence"]} == {"red", "green"}
+    direct = engine.segment(noisy, (0.5, 1.0), True).mask
+    mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["mask"]["data"]))))
+    np.testing.assert_array_equal(mask, np.where(np.isin(direct, (1, 2)), direct, 255))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "invalid_body"),
+        (b"\xff", 400, "invalid_body"),
+        (b"[1]", 400, "invalid_body"),
+        (b"[" * 100_000, 400, "invalid_body"),
+        (b"{}", 400, "missing_image"),
+        (b'{"image": 5}', 400, "missing_image"),
+        (b'{"image": "hello"}', 400, "missing_image"),
+        (b'{"image": "data:image/png;base64,!!!!"}', 400, "invalid_body"),
+        (b'{"image": "data:image/png;base64,"}', 400, "empty"),
+        (b'{"image": "data:image/png;base64,aGVsbG8="}', 415, "not_an_image"),
+        (b'{"image": "data:;base64,aGVsbG8=", "scales": {}}', 422, "invalid_option"),
+        (b'{"image": "data:;base64,aGVsbG8=", "sclaes": 1}', 422, "unknown_option"),
+        (b'{"image": {"url": "https://example.com/a.png"}}', 403, "url_input_off"),
+    ],
+)
+def test_a_json_body_at_fault_is_a_sentence(client: TestClient, body: bytes, status: int, code: str) -> None:
+    answer = client.post("/segment", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+# ---- batches
+
+
+def test_a_batch_answers_each_picture_and_a_bad_one_fails_alone(
+    client: TestClient, engine: Engine, noisy: np.ndarray, quadrants: np.ndarray
+) -> None:
+    good = [encoded(noisy), encoded(quadrants)]
+    files = [("image", ("a.png", good[0])), ("image", ("b.png", good[0][:50])), ("image", ("c.png", good[1]))]
+    answer = client.post("/segment/batch", files=files, data={"scales": "0.5"})
+    assert answer.status_code == 200
+    first, second, third = answer.json()["items"]
+    assert [item["name"] for item in (first, second, third)] == ["a.png", "b.png", "c.png"]
+    assert second["answer"] is None
+    assert second["error"]["code"] == "truncated"
+    for item, image in ((first, noisy), (third, quadrants)):
+        assert item["error"] is None
+        mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(item["answer"]["mask"]["data"]))))
+        np.testing.assert_array_equal(mask, engine.segment(image, (0.5,)).mask)
+
+
+def test_a_batch_as_a_whole_can_be_at_fault(client_with: Callable[..., TestClient], quadrants: np.ndarray) -> None:
+    client = client_with(max_items=2)
+    files = [("image", ("a.png", encoded(quadrants)))]
+    for answer, code in (
+        (client.post("/segment/batch", files=files * 3), "several_images"),
+        (client.post("/segment/batch", files=files, data={"format": "png"}), "invalid_option"),
+        (client.post("/segment/batch", files=files, data={"classes": "sheep"}), "invalid_option"),
+        (client.post("/segment/batch", files={"other": b"x"}), "unknown_option"),
+    ):
+        assert 400 <= answer.status_code < 500
+        assert answer.json()["error"]["code"] == code
+
+
+# ---- pictures by URL
+
+
+class Host(BaseHTTPRequestHandler):
+    """A picture host: /picture, /moved, /slow, /endless and 404."""
+
+    picture = b""
+
+    def do_GET(self) -> None:
+        if self.path == "/picture?a=1":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.picture)))
+            self.end_headers()
+            self.wfile.write(self.picture)
+        elif self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/picture")
+            self.end_headers()
+        elif self.path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                threading.Event().wait(0.05)
+        elif self.path == "/endless":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(1000):
+                self.wfile.write(b"x" * 65536)
+        else:
+            self.send_error(404)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    server.handle_error = lambda *args: None  # type: ignore[method-assign]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://pictures.example:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def local(url: str, **options: Any) -> bytes:
+    """`fetch` that takes the test's own host for a public one."""
+    options = {"max_bytes": 1_000_000, "timeout_s": 5.0, **options}
+    return fetch(url, resolver=lambda host, port: ["127.0.0.1"], allowed=lambda address: True, **options)
+
+
+def test_a_picture_is_fetched(host: str, quadrants: np.ndarray) -> None:
+    Host.picture = encoded(quadrants)
+    assert local(f"{host}/picture?a=1") == Host.picture
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "part"),
+    [
+        ("/moved", "url_failed", "302"),
+        ("/nothing", "url_failed", "404"),
+        ("/slow", "url_failed", "too long"),
+        ("/endless", "too_many_bytes", "larger"),
+    ],
+)
+def test_what_a_host_does_wrong_is_a_sentence(host: str, path: str, code: str, part: str) -> None:
+    with pytest.raises(InputError) as refused:
+        local(f"{host}{path}", timeout_s=0.4 if path == "/slow" else 10.0)
+    assert refused.value.code == code
+    assert part in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://example.com/a",
+        "file:///etc/passwd",
+        "http://",
+        "//example.com/a",
+        "http://user:pw@example.com/",
+        "http://[x/",
+    ]
+    + ["http://a b/", "http://example.com/\r\nX: y", "http://example.com:99999/"],
+)
+def test_a_url_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(InputError) as refused:
+        fetch(url, max_bytes=1, timeout_s=1, resolver=lambda host, port: ["8.8.8.8"])
+    assert refused.value.code == "url_refused"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1"]
+    + ["::1", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b:1::1", "64:ff9b::7f00:1"],
+)
+def test_private_addresses_are_not_public(address: str) -> None:
+    assert not is_public(address)
+    with pytest.raises(InputError) as refused:
+        fetch("http://example.com/", max_bytes=1, timeout_s=1, resolver=lambda host, port: ["8.8.8.8", address])
+    assert refused.value.code == "url_refused"
+
+
+def test_public_addresses_are() -> None:
+    assert is_public("8.8.8.8")
+    assert is_public("2606:4700:4700::1111")
+
+
+def test_the_address_that_was_checked_is_the_one_connected_to(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([["127.0.0.1"], ["10.0.0.1"]])
+    connected = []
+    connect = socket.create_connection
+
+    def recording(address: tuple[str, int], *args: Any, **options: Any) -> socket.socket:
+        connected.append(address[0])
+        return connect(address, *args, **options)
+
+    monkeypatch.setattr(socket, "create_connection", recording)
+    fetch(
+        f"{host}/picture?a=1",
+        max_bytes=1_000_000,
+        timeout_s=5,
+        resolver=lambda host, port: next(answers),
+        allowed=lambda address: address == "127.0.0.1",
+    )
+    assert connected == ["127.0.0.1"]
+
+
+def test_a_service_that_allows_urls_still_refuses_its_own_network(
+    client_with: Callable[..., TestClient], host: str
+) -> None:
+    port = host.rpartition(":")[2]
+    client = client_with(allow_urls=True)
+    answer = client.post("/segment", json={"image": {"url": f"http://127.0.0.1:{port}/picture?a=1"}})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "url_refused"
