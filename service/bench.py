@@ -188,8 +188,15 @@ def try_once(target: Target, picture: bytes) -> None:
         hint = "`python -m service serve` starts a server"
         raise BenchError(f"no server answers at {place}: {reason.lower()}; {hint}") from None
     if status not in (200, 429, 503):
-        said = " ".join(body[:500].decode(errors="replace").split())
-        raise BenchError(f"POST {target.path} is answered {status}: {said}")
+        raise BenchError(f"POST {target.path} is answered {status}: {_said(body)}")
+
+
+def _said(body: bytes) -> str:
+    """The message of an error, or the beginning of a body that is not the service's."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return " ".join(body[:200].decode(errors="replace").split())
 
 
 def measure(

@@ -260,7 +260,7 @@ def load_server(
     console.print(bench.table(levels), width=console.width if console.is_terminal else WIDE)
     if json_file:
         _write(json_file, bench.document(url, target, pictures, levels))
-    if not any(level.in_time for level in levels):
+    if not any(level.latency() for level in levels):
         _fail("no picture was answered")
 
 
