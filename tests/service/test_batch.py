@@ -64,47 +64,65 @@ def photos(tmp_path: Path, quadrants: np.ndarray) -> Path:
 # ---- killed and gone on
 
 
-def test_sigkill_loses_nothing_and_leaves_nothing_half_written(tmp_path: Path, engine: Engine) -> None:
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    """`segment` in a process of its own, its output to be read line by line."""
+    command = [sys.executable, "-m", "service", "segment", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def noise() -> dict[str, np.ndarray]:
+    """Thirty pictures in photos/, by their paths, large enough that a run can be stopped among them."""
     random = np.random.default_rng(3)
     pictures = {f"photos/{index:02}.png": random.integers(0, 256, (400, 500, 3), np.uint8) for index in range(30)}
     Path("photos").mkdir()
     for name, pixels in pictures.items():
         Path(name).write_bytes(encoded(pixels, compress_level=0))
-    command = [sys.executable, "-m", "service", "segment", "photos"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return pictures
+
+
+def test_sigkill_loses_nothing_and_leaves_nothing_half_written(noise: dict[str, np.ndarray], engine: Engine) -> None:
     kept: dict[str, int] = {}
     for lines_before_the_kill in (2, 6):
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        with start("photos") as process:
             assert process.stdout
             for _ in range(lines_before_the_kill):
                 assert process.stdout.readline(), "it ended before it could be killed"
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         assert process.returncode == -signal.SIGKILL
         for path in Path("segmented").glob("[!.]*.*.*g"):
             Image.open(path).load()  # raises for half a file
-        with open_record(tmp_path / "segmented") as record:
-            before, kept = (
-                kept,
-                {
-                    done.name: (tmp_path / "segmented" / f"{done.name}.mask.png").stat().st_mtime_ns
-                    for done in record.done.values()
-                },
-            )
+        before = kept
+        with open_record(Path("segmented")) as record:
+            masks = [Path("segmented", f"{done.name}.mask.png") for done in record.done.values()]
+        kept = {mask.name: mask.stat().st_mtime_ns for mask in masks}
         assert len(kept) >= len(before) + lines_before_the_kill
         assert before.items() <= kept.items(), "nothing is done twice"
 
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert f"{len(kept)} of 30 pictures were done before" in done.stderr
-    assert len(done.stdout.splitlines()) == 30 - len(kept) > 0
-    assert covered() == sorted(pictures)
-    names = {Path(name).stem for name in pictures}
+    result = segment("photos")
+    assert result.exit_code == 0, result.output
+    assert f"{len(kept)} of 30 pictures were done before" in result.stderr
+    assert len(segmented(result)) == 30 - len(kept) > 0
+    assert covered() == sorted(noise)
+    names = {Path(name).stem for name in noise}
     outputs = {name + end for name in names for end in (".mask.png", ".overlay.jpg")}
     tables = {"presence.csv", "presence.json", "presence.jsonl"}
     assert {path.name for path in Path("segmented").iterdir()} == outputs | tables
-    for name, pixels in pictures.items():
+    for name, pixels in noise.items():
         mask = np.asarray(Image.open(Path("segmented", Path(name).stem + ".mask.png")))
         np.testing.assert_array_equal(mask, engine.segment(pixels).mask)
+
+
+def test_ctrl_c_says_how_to_go_on(noise: dict[str, np.ndarray]) -> None:
+    with start("photos") as process:
+        assert process.stdout
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.decode() == "error: stopped; the same command goes on from here\n"
+    assert 0 < len(segmented(segment("photos"))) < 30
 
 
 def test_a_record_cut_short_costs_one_picture(photos: Path) -> None:
@@ -122,6 +140,16 @@ def test_a_picture_taken_back_and_then_killed_is_not_done(photos: Path) -> None:
         first = next(iter(record.done))
         assert record.take_back(first) == {"a.mask.png", "a.overlay.jpg"}
     assert segmented(segment(photos)) == [f"{photos}/a.png"]
+
+
+def test_a_picture_that_was_stopped_between_its_files_is_not_done(photos: Path) -> None:
+    """The mask is replaced, the overlay cannot be: the record must not vouch for the mask with its old options."""
+    segment(photos, "--no-overlay")
+    Path("segmented/a.overlay.jpg").mkdir()
+    result = segment(photos, "--flip")
+    assert result.exit_code == 1
+    assert "cannot write to segmented" in result.stderr
+    assert f"{photos}/a.png" in segmented(segment(photos, "--no-overlay"))
 
 
 def test_what_a_killed_run_was_writing_is_removed(photos: Path) -> None:

@@ -4,7 +4,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from tiny_model import encoded
 from typer.testing import CliRunner, Result
 
 from service.app import create_app
-from service.bench import measure, read_target
+from service.bench import Level, measure, read_target
 from service.cli import cli
 from service.engine import Engine
 from service.settings import Settings
@@ -27,9 +27,7 @@ def run(*arguments: object) -> Result:
     return result
 
 
-def load(
-    url: str, clients: int, seconds: float, pictures: tuple[bytes, ...] = (b"picture",), timeout: float = 30
-) -> Any:
+def load(url: str, clients: int, seconds: float, pictures: Sequence[bytes] = (b"p",), timeout: float = 30) -> Level:
     return measure(read_target(url, {}, {}, timeout), pictures, clients, seconds, lambda _: None)
 
 
