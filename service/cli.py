@@ -1,31 +1,28 @@
-"""The command line: `serve` over HTTP, or `segment` pictures without it."""
+"""The command line: `serve` over HTTP, `segment` pictures without it, `bench` a server, `warm` a model."""
 
-import json
-import os
 import signal
 import socket
 import sys
+import time
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
 
+from service import batch, bench, warm
 from service.engine import Engine, ModelError
 from service.errors import InputError
-from service.images import decode
 from service.models import Models
-from service.options import Options, parse_options
-from service.presence import presence_rows
-from service.render import mask_png, overlay_picture
+from service.options import Options, option_pairs, parse_options
 from service.settings import Settings
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"}
-MASK_SUFFIX = ".mask.png"
-OVERLAY_SUFFIX = ".overlay.jpg"
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+WIDE = 160  # columns of a table that goes into a file or a pipe
 
 cli = typer.Typer(
     help="Scene segmentation with EncNet: which class is where, and which classes are in the scene.\n\n"
@@ -40,6 +37,13 @@ ModelOption = Annotated[
     Path | None, typer.Option(help="The .onnx file, from `python -m export`. Default: the embedded CamVid model.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda. Default: auto, the GPU where there is one.")]
+ScalesOption = Annotated[
+    str, typer.Option(help="Scales to average, as in 0.75,1,1.25. Default: the model's own.", show_default=False)
+]
+FlipOption = Annotated[
+    bool | None,
+    typer.Option("--flip/--no-flip", help="Average with the mirrored picture. Default: the model's own."),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option(help="Threads for one inference on the CPU. Default: 0, one per core.")
 ]
@@ -100,13 +104,21 @@ def serve(
 def segment(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files, or folders of them.")],
     output: Annotated[Path, typer.Option(help="Folder to write to; made if needed.")] = Path("segmented"),
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Take the pictures in subfolders too, into subfolders alike.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Segment again what was done before in the same way.")
+    ] = False,
     model: ModelOption = None,
-    scales: Annotated[
-        str, typer.Option(help="Scales to average, as in 0.75,1,1.25. Default: the model's own.", show_default=False)
-    ] = "",
-    flip: Annotated[
-        bool | None,
-        typer.Option("--flip/--no-flip", help="Average with the mirrored picture. Default: the model's own."),
+    scales: ScalesOption = "",
+    flip: FlipOption = None,
+    max_side: Annotated[int | None, typer.Option(help="Reduce each picture first until no side is longer.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Segment large pictures in windows of this many pixels a side, and average.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Pixels from window to window. Default: two thirds of one.")
     ] = None,
     overlay: Annotated[
         bool, typer.Option("--overlay/--no-overlay", help="Also write the picture with the mask on it.")
@@ -114,161 +126,212 @@ def segment(
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Segment pictures and write masks, overlays and one presence.json.
+    """Segment pictures and write masks, overlays and tables of which classes are present.
 
-    For NAME.jpg this writes NAME.mask.png (pixel value = class id), NAME.overlay.jpg and an entry in presence.json.
-    Where two pictures share a NAME, the files are called after the whole file name, numbered if that is shared too.
-    In a folder the pictures directly inside are taken. A picture that cannot be used is reported, the others go on, and
-    the exit code is 1.
+    For NAME.jpg this writes NAME.mask.png (pixel value = class id), NAME.overlay.jpg, an entry in presence.json and a
+    row for each class in presence.csv. Where two pictures share a NAME, the files are called after the whole file name,
+    numbered if that is shared too. A picture that cannot be used is reported, the others go on, and the exit code is 1.
+
+    Stopped at any point, even by kill -9, the same command goes on from there: what is done, with this model, these
+    options and the picture unchanged, is not done again. presence.jsonl keeps the record, a line for each picture.
 
     Examples:
 
         python -m service segment street.jpg
 
-        python -m service segment photos/ --output masks --no-overlay
+        python -m service segment photos/ --recursive --output masks --no-overlay
 
         python -m service segment street.jpg --model my.onnx --scales 0.75,1,1.25 --flip
     """
     settings = _settings(model=model, device=device, threads=threads)
-    try:
-        given = {"scales": scales, "flip": "" if flip is None else str(flip)}
-        options = parse_options(given.items(), settings)
-    except InputError as error:
-        _fail(error.message, code=2)
-    files, errors = find_pictures(images)
+    options = _options(settings, scales=scales, flip=flip, max_side=max_side, window=window, stride=stride)
+    pictures, errors = batch.find_pictures(images, recursive)
     for problem in errors:
         _report(problem)
-    if not files:
+    if not pictures:
         _fail("no pictures to segment")
-    engine = _load(settings)
+    inputs = len(pictures) + len(errors)
+    run = batch.Run(_load(settings), settings, options, overlay)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        entries, failed = _segment_files(files, output, engine, settings, options, overlay)
-        errors += failed
-        summary = {
-            "model": {"name": engine.metadata.name, "sha256": engine.sha256},
-            "scales": options.scales or engine.metadata.scales,
-            "flip": engine.metadata.flip if options.flip is None else options.flip,
-            "images": entries,
-            "errors": errors,
-        }
-        write_whole(output / "presence.json", json.dumps(summary, indent=1, ensure_ascii=False).encode())
+        with batch.open_record(output) as record:
+            jobs = batch.plan(pictures, record)
+            todo = [job for job in jobs if overwrite or not record.is_current(job, run)]
+            if len(todo) < len(jobs):
+                kept = f"{len(jobs) - len(todo)} of {len(jobs)} pictures were done before"
+                typer.echo(f"{kept}; --overwrite segments them again", err=True)
+            errors += _segment_jobs(todo, len(jobs), run, record)
+            others = batch.write_tables(jobs, run, record, errors)
+    except batch.OutputBusy as error:
+        _fail(str(error))
     except OSError as error:
         _fail(f"cannot write to {output}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from here", code=130)
+    if others:
+        typer.echo(
+            f"{others} more in {output} were made with another model or other options, and are left out of "
+            f"{batch.DOCUMENT} and {batch.TABLE}",
+            err=True,
+        )
     if errors:
-        _fail(f"{len(errors)} of {len(errors) + len(entries)} inputs failed")
+        _fail(f"{len(errors)} of {inputs} inputs failed")
 
 
-def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], list[dict[str, str]]]:
-    """Files as given and the pictures directly inside folders, each once; and an error for each path that has none.
-
-    In a folder, files are taken by their suffix and this program's own outputs are left out.
-    """
-    found: dict[Path, Path] = {}
+def _segment_jobs(todo: Sequence[batch.Job], total: int, run: batch.Run, record: batch.Record) -> list[dict[str, str]]:
+    """Segment each picture, telling of each and of the progress; returns the errors."""
     errors = []
-    for path in paths:
-        if path.is_dir():
-            inside = [entry for entry in sorted(path.iterdir()) if _is_picture_name(entry) and entry.is_file()]
-            if not inside:
-                errors.append(_entry_error(path, "no_pictures", "there are no pictures in this folder"))
-        else:
-            inside = [path]
-        for file in inside:
-            found.setdefault(file.resolve(), file)
-    return list(found.values()), errors
-
-
-def output_names(files: Sequence[Path]) -> list[str]:
-    """A name for each file's outputs, no two alike even where the file system ignores case."""
-    stems = Counter(file.stem.casefold() for file in files)
-    taken: set[str] = set()
-    names = []
-    for file in files:
-        base = file.stem if stems[file.stem.casefold()] == 1 else file.name
-        name, number = base, 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{base}-{number}"
-        taken.add(name.casefold())
-        names.append(name)
-    return names
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there completely or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _segment_files(
-    files: Sequence[Path], output: Path, engine: Engine, settings: Settings, options: Options, overlay: bool
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Segment each file and write its outputs; returns the entries and the errors for presence.json."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    entries, errors = [], []
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, redirect_stdout=False) as progress:
-        for file, name in progress.track(list(zip(files, output_names(files), strict=True)), description="segmenting"):
-            try:
-                picture = decode(_read(file, settings), max_bytes=settings.max_bytes, max_pixels=settings.max_pixels)
-            except InputError as error:
-                errors.append(_entry_error(file, error.code, error.message))
+    with _progress() as progress:
+        bar = progress.add_task("segmenting", total=total, completed=total - len(todo))
+        for job, outcome in batch.segment_pictures(todo, run, record):
+            if isinstance(outcome, InputError):
+                errors.append(batch.entry_error(job.file, outcome.code, outcome.message))
                 _report(errors[-1])
-                continue
-            result = engine.segment(picture.pixels, options.scales, options.flip)
-            rows = presence_rows(result.mask, result.presence, engine.metadata.classes, settings.threshold)
-            entry: dict[str, Any] = {
-                "file": str(file),
-                "mask": name + MASK_SUFFIX,
-                "image": {
-                    "width": picture.width,
-                    "height": picture.height,
-                    "exif_applied": picture.exif_applied,
-                    "mode": picture.mode,
-                },
-                "presence": rows,
-                "infer_ms": result.infer_ms,
-            }
-            texts = {"model": engine.metadata.name, "model_sha256": engine.sha256, "presence": rows}
-            png = mask_png(result.mask, engine.metadata.classes, engine.metadata.palette, texts)
-            write_whole(output / entry["mask"], png)
-            if overlay:
-                entry["overlay"] = name + OVERLAY_SUFFIX
-                write_whole(
-                    output / entry["overlay"], overlay_picture(picture.pixels, result.mask, engine.metadata.palette)
-                )
-            entries.append(entry)
-            present = ", ".join(row["class"] for row in rows if row["present"]) or "no class is present"
-            typer.echo(f"{file} -> {output / entry['mask']}: {present}")
-    return entries, errors
+            else:
+                present = ", ".join(row["class"] for row in outcome["presence"] if row["present"])
+                mask = record.folder / outcome["mask"]
+                typer.echo(f"{outcome['file']} -> {mask}: {present or 'no class is present'}")
+            progress.advance(bar)
+    return errors
 
 
-def _read(file: Path, settings: Settings) -> bytes:
-    """At most one byte more than the limit, which is enough for `decode` to refuse; InputError where unreadable."""
-    try:
-        with file.open("rb") as stream:
-            return stream.read(settings.max_bytes + 1)
-    except OSError as error:
-        raise InputError("unreadable", f"the file cannot be read: {error.strerror or error}") from None
+def _progress() -> "Progress":
+    """A bar on stderr where that is a terminal, below the lines that are printed meanwhile."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-
-def _is_picture_name(path: Path) -> bool:
-    name = path.name.lower()
-    return (
-        path.suffix.lower() in IMAGE_SUFFIXES
-        and not name.startswith(".")
-        and not name.endswith((MASK_SUFFIX, OVERLAY_SUFFIX))
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),
     )
 
 
-def _entry_error(path: Path, code: str, message: str) -> dict[str, str]:
-    return {"file": str(path), "code": code, "message": message}
+@cli.command("bench")
+def load_server(
+    url: Annotated[
+        str, typer.Argument(help="Where the server is, with options in the query if it needs others than these.")
+    ] = "http://127.0.0.1:8000",
+    concurrency: Annotated[
+        str, typer.Option(help="Numbers of clients, each measured in turn.", metavar="N,N,...")
+    ] = "1,4,16",
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds for each number of clients.")] = 10,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Picture file to send, or a folder of them. Default: a synthetic one of 640x480."),
+    ] = None,
+    scales: ScalesOption = "",
+    flip: FlipOption = None,
+    header: Annotated[
+        list[str] | None, typer.Option("--header", "-H", help="Header to send, as in 'Authorization: Bearer KEY'.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 60,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File for the figures, in more detail.", show_default=False)
+    ] = None,
+) -> None:
+    """Load a running server and print its throughput and the percentiles of its latency.
+
+    So many clients send pictures for so long, each its next one as soon as the last is answered. Throughput counts the
+    answers 200 within the time, latency is theirs from the first byte sent to the last received, and answers with
+    another status and requests without any answer stand in columns of their own.
+
+    Examples:
+
+        python -m service bench
+
+        python -m service bench http://10.0.0.7:8000 --image photos/ --concurrency 1,16,64 --duration 30
+
+        python -m service bench 'http://127.0.0.1:8000/segment?format=png' --scales 0.75,1,1.25 --flip --json bench.json
+    """
+    given = {"scales": scales, "flip": "" if flip is None else str(flip).lower()}
+    try:
+        clients = bench.read_concurrency(concurrency)
+        headers = bench.read_headers(header or [])
+        target = bench.read_target(url, {name: text for name, text in given.items() if text}, headers, timeout)
+        pictures = bench.read_pictures(image)
+    except bench.BenchError as error:
+        _fail(str(error), code=2)
+    levels: list[bench.Level] = []
+    try:
+        bench.try_once(target, pictures[0])
+        with _progress() as progress:
+            bar = progress.add_task("measuring", total=len(clients) * duration)
+
+            def tick(seconds: float) -> None:
+                progress.update(bar, completed=len(levels) * duration + seconds)
+
+            for number in clients:
+                progress.update(bar, description=f"{number} clients")
+                levels.append(bench.measure(target, pictures, number, duration, tick))
+    except bench.BenchError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped", code=130)
+    from rich.console import Console
+
+    console = Console()
+    console.print(bench.table(levels), width=console.width if console.is_terminal else WIDE)
+    if json_file:
+        _write(json_file, bench.document(url, target, pictures, levels))
+    if not any(level.latency() for level in levels):
+        _fail("no picture was answered")
+
+
+@cli.command("warm")
+def warm_model(
+    model: ModelOption = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Size of a picture to come; may be given several times."),
+    ] = None,
+    scales: ScalesOption = "",
+    flip: FlipOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Load a model and run it, printing what the first and the second picture of each size take.
+
+    For building a container image: that the model, the runtime and the device work together is known before anyone
+    waits, and what they keep on disk (the driver's compiled kernels, the file cache) is filled. The difference between
+    the two times is what `serve` would let its first picture of that size wait. Without --size these are a landscape, a
+    portrait and a square at the model's own long side.
+
+    Examples:
+
+        python -m service warm
+
+        python -m service warm --model my.onnx --size 1920x1080 --size 640x480 --scales 0.75,1,1.25 --flip
+    """
+    settings = _settings(model=model, device=device, threads=threads)
+    options = _options(settings, scales=scales, flip=flip)
+    try:
+        sizes = [warm.read_size(text, settings.max_pixels) for text in size or []]
+    except ValueError as error:
+        _fail(str(error), code=2)
+    started = time.perf_counter()
+    engine = _load(settings)
+    metadata = engine.metadata
+    typer.echo(
+        f"{metadata.name}, {len(metadata.classes)} classes, on {engine.device}: "
+        f"loaded in {time.perf_counter() - started:.2f} s"
+    )
+    typer.echo(f"{'picture':>12} {'first ms':>10} {'second ms':>10}")
+    for width, height in sizes or warm.usual_sizes(metadata.base_size):
+        times = warm.warm(engine, (width, height), options.scales, options.flip)
+        typer.echo(f"{f'{width}x{height}':>12} {times.first_ms:10.1f} {times.second_ms:10.1f}")
 
 
 def _report(error: dict[str, str]) -> None:
@@ -278,6 +341,22 @@ def _report(error: dict[str, str]) -> None:
 def _fail(message: str, code: int = 1) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
+
+
+def _options(settings: Settings, **given: str | int | None) -> Options:
+    """The options of a segmentation, as a request would give them."""
+    try:
+        return parse_options(option_pairs(given), settings)
+    except InputError as error:
+        _fail(error.message, code=2)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with batch.whole(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        _fail(f"cannot write {path}: {error.strerror or error}")
 
 
 def _settings(**given: Any) -> Settings:

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_model import CLASSES, encoded
 from typer.testing import CliRunner, Result
 
-from service.cli import cli, find_pictures, output_names, write_whole
+from service.cli import cli
 from service.engine import Engine
 
 MODEL_VARIABLES = ("ENCNET_MODEL", "ENCNET_DEVICE", "ENCNET_THREADS")
@@ -42,7 +42,9 @@ def test_segment_writes_mask_overlay_and_presence(
     result = run("segment", picture, "--output", "out")
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "presence.csv",
         "presence.json",
+        "presence.jsonl",
         "street.mask.png",
         "street.overlay.jpg",
     ]
@@ -107,26 +109,6 @@ def test_a_folder_without_pictures(picture: Path, tmp_path: Path) -> None:
     assert Path("segmented/street.mask.png").exists()
 
 
-def test_the_same_picture_twice_is_one(picture: Path, tmp_path: Path) -> None:
-    files, errors = find_pictures([picture, tmp_path, tmp_path / "." / "street.png"])
-    assert (files, errors) == ([picture], [])
-
-
-@pytest.mark.parametrize(
-    ("files", "names"),
-    [
-        (["a.jpg", "b.jpg"], ["a", "b"]),
-        (["a.jpg", "a.png"], ["a.jpg", "a.png"]),
-        (["x/a.jpg", "y/a.jpg"], ["a.jpg", "a.jpg-2"]),
-        (["x/a.jpg", "y/a.jpg", "a.jpg-2.png"], ["a.jpg", "a.jpg-2", "a.jpg-2-2"]),
-        (["A.jpg", "a.png"], ["A.jpg", "a.png"]),
-        (["x/A.jpg", "y/a.jpg"], ["A.jpg", "a.jpg-2"]),
-    ],
-)
-def test_no_two_inputs_share_an_output(files: list[str], names: list[str]) -> None:
-    assert output_names([Path(file) for file in files]) == names
-
-
 def test_two_pictures_of_one_name_both_get_their_masks(tmp_path: Path, quadrants: np.ndarray) -> None:
     for folder, pixels in (("x", quadrants), ("y", quadrants[::-1])):
         (tmp_path / folder).mkdir()
@@ -135,25 +117,6 @@ def test_two_pictures_of_one_name_both_get_their_masks(tmp_path: Path, quadrants
     entries = json.loads(Path("segmented/presence.json").read_text())["images"]
     masks = {entry["file"]: np.asarray(Image.open(Path("segmented") / entry["mask"])) for entry in entries}
     np.testing.assert_array_equal(masks["x/a.png"], masks["y/a.png"][::-1])
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "mask.png"
-    target.write_bytes(b"old")
-
-    def full_disk(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:1])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        write_whole(target, b"new")
-    monkeypatch.undo()
-    assert target.read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["mask.png"]
-    write_whole(target, b"new")
-    assert target.read_bytes() == b"new"
 
 
 def test_an_output_that_cannot_be_written_is_a_sentence(picture: Path, tmp_path: Path) -> None:
@@ -194,7 +157,7 @@ def test_limits_of_the_environment_apply(picture: Path, monkeypatch: pytest.Monk
 
 
 def test_help_teaches_by_example() -> None:
-    for command in ("segment", "serve"):
+    for command in ("segment", "serve", "bench", "warm"):
         text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").stdout)
         assert f"python -m service {command}" in text
-    assert "segment" in run("--help").stdout
+    assert command in run("--help").stdout
