@@ -15,7 +15,7 @@ import anyio.to_thread
 import onnxruntime
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -39,6 +39,7 @@ from service.engine import Engine
 from service.errors import InputError
 from service.images import decode
 from service.options import Options, parse_options
+from service.page import page_router
 from service.presence import presence_rows
 from service.render import mask_png
 from service.settings import Settings
@@ -91,9 +92,7 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(RequestValidationError, _validation_error)
 
-    @app.get("/", include_in_schema=False)
-    async def root() -> Response:
-        return RedirectResponse("/docs")
+    app.include_router(page_router(settings, engine.metadata))
 
     @app.get("/healthz", summary="Is the service up, and with which model?", tags=["service"])
     async def healthz() -> HealthAnswer:
