@@ -21,6 +21,7 @@ from service import page as service_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
+PATIENCE = 120  # seconds, as the machine may be busy
 
 FILES = {
     "": "text/html; charset=utf-8",
@@ -126,7 +127,7 @@ class Browser:
         options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options, Service(CHROMEDRIVER))
-        self.driver.set_script_timeout(60)
+        self.driver.set_script_timeout(PATIENCE)
         self.url, self.downloads = url, downloads
 
     def open(self) -> None:
@@ -137,7 +138,7 @@ class Browser:
         return self.driver.execute_script(script, *arguments)
 
     def until(self, condition: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not self.run(f"return Boolean({condition})"):
             assert time.monotonic() < deadline, f"{condition} did not come true\n{self.text('body')}"
             time.sleep(0.03)
@@ -180,7 +181,7 @@ class Browser:
         return self.text("#probe")
 
     def downloaded(self, name: str) -> Path:
-        path, deadline = self.downloads / name, time.monotonic() + 60
+        path, deadline = self.downloads / name, time.monotonic() + PATIENCE
         while not path.exists():
             assert time.monotonic() < deadline, sorted(self.downloads.iterdir())
             time.sleep(0.03)
@@ -188,6 +189,16 @@ class Browser:
 
 
 IDLE = "document.getElementById('progress').hidden"
+
+# A file given to the page by a paste or drop event: kind, bytes, name.
+HAND_OVER = """
+    const bytes = Uint8Array.from(arguments[1]);
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], arguments[2], {type: 'image/png'}));
+    const init = {bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data};
+    const kind = arguments[0] === 'paste' ? ClipboardEvent : DragEvent;
+    document.body.dispatchEvent(new kind(arguments[0], init));
+"""
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +334,18 @@ def test_a_file_that_is_no_picture_is_a_sentence_and_the_page_goes_on(
     assert len(browser.legend()) == 4
 
 
+def test_escape_cancels_what_is_running_and_it_can_be_asked_again(browser: Browser, scene: np.ndarray) -> None:
+    browser.open()
+    escape = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}));"
+    browser.run(HAND_OVER + escape, "drop", list(encoded(scene)), "scene.png")  # in one go: no answer comes between
+    browser.until(f"{IDLE} && document.getElementById('status').textContent === 'Cancelled.'")
+    assert not browser.find("#legend").is_displayed()
+    browser.until("document.querySelector('.blend img').naturalWidth === 40")
+    browser.find("#run").click()
+    browser.until(f"{IDLE} && document.getElementById('status').textContent.startsWith('scene.png: 40 × 30')")
+    assert len(browser.legend()) == 4
+
+
 def test_a_file_above_the_limit_is_refused_before_it_travels(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "big.png").write_bytes(b"\0" * 400_001)
     browser.open()
@@ -388,17 +411,9 @@ def test_downloads_are_the_mask_of_the_service_and_the_picture_as_shown(
 
 
 def test_a_picture_can_be_dropped_pasted_or_taken_from_the_samples(browser: Browser, scene: np.ndarray) -> None:
-    event = """
-        const bytes = Uint8Array.from(arguments[1]);
-        const data = new DataTransfer();
-        data.items.add(new File([bytes], arguments[2], {type: 'image/png'}));
-        const init = {bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data};
-        const kind = arguments[0] === 'paste' ? ClipboardEvent : DragEvent;
-        document.body.dispatchEvent(new kind(arguments[0], init));
-    """
     browser.open()
     for kind, name in (("paste", "pasted.png"), ("drop", "dropped.png")):
-        browser.run(event, kind, list(encoded(scene)), name)
+        browser.run(HAND_OVER, kind, list(encoded(scene)), name)
         browser.until(f"{IDLE} && document.getElementById('status').textContent.startsWith('{name}: 40 × 30')")
         assert len(browser.legend()) == 4
     browser.find("#sample-list button").click()
