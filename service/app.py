@@ -5,7 +5,7 @@ from http import HTTPStatus
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from service import __version__
@@ -14,6 +14,7 @@ from service.info_routes import info_router
 from service.metrics import Metrics
 from service.middleware import RequestContext, error_response, fault_response
 from service.models import Models
+from service.page import page_router
 from service.segment_routes import segment_router
 from service.settings import Settings
 
@@ -53,12 +54,9 @@ def create_app(settings: Settings | None = None, models: Models | None = None) -
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(RequestValidationError, _validation_error)
 
-    @app.get("/", include_in_schema=False)
-    async def root() -> Response:
-        return RedirectResponse("/docs")
-
     app.include_router(segment_router(models, metrics))
     app.include_router(info_router(models, metrics))
+    app.include_router(page_router(models))
     return app
 
 
