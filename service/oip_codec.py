@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+from service.errors import InputError
+
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 DTYPES = {
@@ -55,15 +57,6 @@ _MAX_DIMENSION = 2**31 - 1
 _JSON_CHUNK = 65536  # elements turned into text at once
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}
 _DATA_URI = re.compile(r"data:[^,]{0,256};base64,")
-
-
-class OipError(Exception):
-    """The request cannot be served: `message` is one sentence for the answer's `error`, `status` its HTTP status."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
 
 
 @dataclass(frozen=True)
@@ -117,24 +110,24 @@ class InferRequest:
 def inflate(body: bytes, encoding: str, limit: int) -> bytes:
     """Undo a request's Content-Encoding, never making more than `limit` bytes.
 
-    Raises OipError: 415 for an encoding not known, 413 above the limit, 400 for damaged data.
+    Raises InputError: unsupported for another encoding, too_many_bytes above the limit, invalid_body for damaged data.
     """
     name = encoding.strip().lower()
     if name in ("", "identity"):
         return body
     if name not in _WINDOW_BITS:
-        raise OipError(f"Content-Encoding {_short(encoding)} is not supported; use gzip or deflate", 415)
+        raise InputError("unsupported", f"Content-Encoding {_short(encoding)} is not supported; use gzip or deflate")
     inflater = zlib.decompressobj(_WINDOW_BITS[name])
     try:
         plain = inflater.decompress(body, limit + 1)
     except zlib.error:
-        raise OipError(f"the body is not valid {name} data, as its Content-Encoding says it is") from None
+        raise _bad(f"the body is not valid {name} data, as its Content-Encoding says it is") from None
     if len(plain) > limit:
-        raise OipError(f"the body is larger than the {limit} bytes allowed once it is decompressed", 413)
+        raise InputError("too_many_bytes", f"the body is larger than the {limit} bytes allowed once it is decompressed")
     if not inflater.eof:
-        raise OipError(f"the {name} data of the body is cut short")
+        raise _bad(f"the {name} data of the body is cut short")
     if inflater.unused_data:
-        raise OipError(f"{len(inflater.unused_data)} bytes follow the {name} data of the body")
+        raise _bad(f"{len(inflater.unused_data)} bytes follow the {name} data of the body")
     return plain
 
 
@@ -144,26 +137,27 @@ def parse_infer(body: bytes, header_length: str | None, *, max_json_bytes: int, 
     `header_length` is the text of the header Inference-Header-Content-Length, None where there is none. `raw_input`
     names the model's BYTES input that a body without JSON (header length 0) fills, None where there is no such input.
 
-    Raises OipError, and nothing else whatever the bytes are: 400, 413 for too much JSON, 501 for shared memory and
-    classification.
+    Raises InputError, and nothing else whatever the bytes are: invalid_body, too_many_bytes for too much JSON,
+    not_implemented for shared memory and classification.
     """
     size = len(body) if header_length is None else _header_length(body, header_length)
     if size == 0:
         if header_length is None:
-            raise OipError('the body is empty; it must be a JSON object with "inputs"')
+            raise _bad('the body is empty; it must be a JSON object with "inputs"')
         return _raw_request(body, raw_input)
     if size > max_json_bytes:
-        raise OipError(
-            f"the JSON has {size} bytes, more than the {max_json_bytes} allowed; send the tensors as binary data", 413
+        raise InputError(
+            "too_many_bytes",
+            f"the JSON has {size} bytes, more than the {max_json_bytes} allowed; send the tensors as binary data",
         )
     request = _read_json(body[:size])
     parameters = _parameters(request)
     binary_output = parameters.pop("binary_data_output", False)
     if not isinstance(binary_output, bool):
-        raise OipError("parameter binary_data_output must be true or false")
+        raise _bad("parameter binary_data_output must be true or false")
     identity = request.get("id")
     if identity is not None and not isinstance(identity, str):
-        raise OipError(f"id must be a string, not {_kind(identity)}")
+        raise _bad(f"id must be a string, not {_kind(identity)}")
     return InferRequest(
         identity,
         parameters,
@@ -174,48 +168,48 @@ def parse_infer(body: bytes, header_length: str | None, *, max_json_bytes: int, 
 
 
 def check_inputs(inputs: Mapping[str, InputTensor], specs: Sequence[TensorSpec], model: str) -> None:
-    """Compare what was sent with what the model declares; raises OipError (400) with the first difference."""
+    """Compare what was sent with what the model declares; raises InputError with the first difference."""
     declared = {spec.name: spec for spec in specs}
     for name, tensor in inputs.items():
         if name not in declared:
-            raise OipError(f"{model} has no input {_short(name)}; its inputs are {', '.join(declared)}")
+            raise _bad(f"{model} has no input {_short(name)}; its inputs are {', '.join(declared)}")
         spec = declared[name]
         if tensor.datatype != spec.datatype:
-            raise OipError(f"input {name} must be {spec.datatype}, not {tensor.datatype}")
+            raise _bad(f"input {name} must be {spec.datatype}, not {tensor.datatype}")
         fits = len(tensor.array.shape) == len(spec.shape) and all(
             wanted in (-1, given) for wanted, given in zip(spec.shape, tensor.array.shape, strict=True)
         )
         if not fits:
-            raise OipError(
+            raise _bad(
                 f"input {name} must have shape {list(spec.shape)} (-1: any size), not {list(tensor.array.shape)}"
             )
     for name, spec in declared.items():
         if name not in inputs and not spec.optional:
-            raise OipError(f"input {name} is missing; {model} needs it as {spec.datatype} {list(spec.shape)}")
+            raise _bad(f"input {name} is missing; {model} needs it as {spec.datatype} {list(spec.shape)}")
 
 
 def decode_base64(text: bytes, where: str) -> bytes:
-    """Base64, with or without the head of a data URI -> the bytes; raises OipError (400) that begins with `where`."""
+    """Base64, with or without the head of a data URI -> the bytes; raises InputError that begins with `where`."""
     try:
         return base64.b64decode(_DATA_URI.sub("", text.decode("ascii"), count=1), validate=True)
     except (ValueError, binascii.Error):
-        raise OipError(f"{where} must be base64 where it is sent in JSON, or else be sent as binary data") from None
+        raise _bad(f"{where} must be base64 where it is sent in JSON, or else be sent as binary data") from None
 
 
 def _header_length(body: bytes, text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise OipError(f"{HEADER_LENGTH} must be a number of bytes, not {_short(text)}")
+        raise _bad(f"{HEADER_LENGTH} must be a number of bytes, not {_short(text)}")
     size = int(text)
     if size > len(body):
-        raise OipError(f"{HEADER_LENGTH} is {size}, but the body has only {len(body)} bytes")
+        raise _bad(f"{HEADER_LENGTH} is {size}, but the body has only {len(body)} bytes")
     return size
 
 
 def _raw_request(body: bytes, raw_input: str | None) -> InferRequest:
     if raw_input is None:
-        raise OipError(f"{HEADER_LENGTH} 0 needs a model with one BYTES input; describe the inputs of this one in JSON")
+        raise _bad(f"{HEADER_LENGTH} 0 needs a model with one BYTES input; describe the inputs of this one in JSON")
     if not body:
-        raise OipError(f"the body is empty; with {HEADER_LENGTH} 0 it must be the picture file")
+        raise _bad(f"the body is empty; with {HEADER_LENGTH} 0 it must be the picture file")
     array = _object_array([bytes(body)], (1,))
     return InferRequest(None, {}, {raw_input: InputTensor("BYTES", array, True)}, None, binary_output=True)
 
@@ -224,22 +218,22 @@ def _read_json(text: bytes) -> dict[str, Any]:
     try:
         request = json.loads(text, parse_constant=_no_constant)
     except RecursionError:
-        raise OipError("the JSON is nested too deeply") from None
+        raise _bad("the JSON is nested too deeply") from None
     except UnicodeDecodeError:
-        raise OipError(
+        raise _bad(
             f"the JSON is not UTF-8 text; with binary data after it, {HEADER_LENGTH} must say how long it is"
         ) from None
     except json.JSONDecodeError as error:
-        raise OipError(f"the body is not valid JSON: {error}") from None
+        raise _bad(f"the body is not valid JSON: {error}") from None
     except ValueError:
-        raise OipError("a number in the JSON has too many digits") from None
+        raise _bad("a number in the JSON has too many digits") from None
     if not isinstance(request, dict):
-        raise OipError(f'the body must be a JSON object with "inputs", not {_kind(request)}')
+        raise _bad(f'the body must be a JSON object with "inputs", not {_kind(request)}')
     return request
 
 
 def _no_constant(name: str) -> None:
-    raise OipError(f"{name} is not a number that JSON has")
+    raise _bad(f"{name} is not a number that JSON has")
 
 
 def _parameters(owner: dict[str, Any], where: str = "") -> dict[str, Any]:
@@ -248,12 +242,10 @@ def _parameters(owner: dict[str, Any], where: str = "") -> dict[str, Any]:
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
-        raise OipError(f"{where}parameters must be an object, not {_kind(parameters)}")
+        raise _bad(f"{where}parameters must be an object, not {_kind(parameters)}")
     for name, value in parameters.items():
         if not isinstance(value, str | int | float):
-            raise OipError(
-                f"{where}parameter {_short(name)} must be a string, a number or a boolean, not {_kind(value)}"
-            )
+            raise _bad(f"{where}parameter {_short(name)} must be a string, a number or a boolean, not {_kind(value)}")
     return dict(parameters)
 
 
@@ -261,13 +253,13 @@ def _entries(request: dict[str, Any], key: str) -> list[tuple[str, dict[str, Any
     """(name, object) for each entry of `inputs` or `outputs`, no name twice."""
     entries = request.get(key) or []
     if not isinstance(entries, list):
-        raise OipError(f"{key} must be a list of objects, not {_kind(entries)}")
+        raise _bad(f"{key} must be a list of objects, not {_kind(entries)}")
     named: dict[str, dict[str, Any]] = {}
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            raise OipError(f"{key}[{index}] must be an object with a name")
+            raise _bad(f"{key}[{index}] must be an object with a name")
         if entry["name"] in named:
-            raise OipError(f"{key[:-1]} {_short(entry['name'])} is given twice")
+            raise _bad(f"{key[:-1]} {_short(entry['name'])} is given twice")
         named[entry["name"]] = entry
     return list(named.items())
 
@@ -275,7 +267,7 @@ def _entries(request: dict[str, Any], key: str) -> list[tuple[str, dict[str, Any
 def _inputs(request: dict[str, Any], binary: memoryview) -> dict[str, InputTensor]:
     entries = _entries(request, "inputs")
     if not entries:
-        raise OipError("inputs is missing or empty; a request needs at least one input")
+        raise _bad("inputs is missing or empty; a request needs at least one input")
     tensors = {}
     offset = 0
     for name, entry in entries:
@@ -283,23 +275,25 @@ def _inputs(request: dict[str, Any], binary: memoryview) -> dict[str, InputTenso
         datatype, shape = _datatype(entry, where), _shape(entry, where)
         parameters = _parameters(entry, f"{where}: ")
         if "shared_memory_region" in parameters:
-            raise OipError(f"{where} is in shared memory, which is not supported; send it as binary data", 501)
+            raise InputError(
+                "not_implemented", f"{where} is in shared memory, which is not supported; send it as binary data"
+            )
         if "binary_data_size" not in parameters:
             tensors[name] = InputTensor(datatype, _from_json(entry, where, datatype, shape), False)
             continue
         size = parameters["binary_data_size"]
         if type(size) is not int or size < 0:
-            raise OipError(f"{where}: binary_data_size must be a whole number of bytes from 0 on")
+            raise _bad(f"{where}: binary_data_size must be a whole number of bytes from 0 on")
         if "data" in entry:
-            raise OipError(f"{where} has both data and binary_data_size; send one of them")
+            raise _bad(f"{where} has both data and binary_data_size; send one of them")
         if size > len(binary) - offset:
-            raise OipError(f"{where} should have {size} bytes of binary data, but only {len(binary) - offset} are left")
+            raise _bad(f"{where} should have {size} bytes of binary data, but only {len(binary) - offset} are left")
         tensors[name] = InputTensor(
             datatype, _from_binary(binary[offset : offset + size], where, datatype, shape), True
         )
         offset += size
     if offset < len(binary):
-        raise OipError(f"{len(binary) - offset} bytes follow the last input; binary_data_size says how many belong")
+        raise _bad(f"{len(binary) - offset} bytes follow the last input; binary_data_size says how many belong")
     return tensors
 
 
@@ -307,16 +301,16 @@ def _datatype(entry: dict[str, Any], where: str) -> str:
     datatype = entry.get("datatype")
     if not isinstance(datatype, str) or datatype not in DTYPES:
         given = _short(datatype) if isinstance(datatype, str) else _kind(datatype)
-        raise OipError(f"{where} must have a datatype of {', '.join(DTYPES)}, not {given}")
+        raise _bad(f"{where} must have a datatype of {', '.join(DTYPES)}, not {given}")
     return datatype
 
 
 def _shape(entry: dict[str, Any], where: str) -> tuple[int, ...]:
     shape = entry.get("shape")
     if not isinstance(shape, list) or any(type(size) is not int for size in shape):
-        raise OipError(f"{where} must have a shape that is a list of whole numbers")
+        raise _bad(f"{where} must have a shape that is a list of whole numbers")
     if len(shape) > _MAX_RANK or any(not 1 <= size <= _MAX_DIMENSION for size in shape):
-        raise OipError(
+        raise _bad(
             f"{where} must have at most {_MAX_RANK} dimensions of 1 to {_MAX_DIMENSION}, not {ascii(shape)[:100]}"
         )
     return tuple(shape)
@@ -324,27 +318,27 @@ def _shape(entry: dict[str, Any], where: str) -> tuple[int, ...]:
 
 def _from_json(entry: dict[str, Any], where: str, datatype: str, shape: tuple[int, ...]) -> np.ndarray:
     if "data" not in entry:
-        raise OipError(f"{where} has no data; give data, or binary_data_size and the bytes after the JSON")
+        raise _bad(f"{where} has no data; give data, or binary_data_size and the bytes after the JSON")
     if datatype == "FP16":
-        raise OipError(f"{where} is FP16, which JSON cannot carry; send it as binary data, or as FP32")
+        raise _bad(f"{where} is FP16, which JSON cannot carry; send it as binary data, or as FP32")
     flat = _flatten(entry["data"], where, shape)
     dtype = DTYPES[datatype]
     wanted = _JSON_TYPES[dtype.kind]
     for kind in set(map(type, flat)) - set(wanted):
-        raise OipError(f"{where}: data must hold {_names(wanted)} for {datatype}, not {_names((kind,))}")
+        raise _bad(f"{where}: data must hold {_names(wanted)} for {datatype}, not {_names((kind,))}")
     if dtype.kind == "O":
         try:
             return _object_array([text.encode() for text in flat], shape)
         except UnicodeEncodeError:
-            raise OipError(f"{where}: a string in data has half of a surrogate pair") from None
+            raise _bad(f"{where}: a string in data has half of a surrogate pair") from None
     if dtype.kind in "ui":
         low, high = int(np.iinfo(dtype.str).min), int(np.iinfo(dtype.str).max)
         if min(flat) < low or max(flat) > high:
-            raise OipError(f"{where}: data must be from {low} to {high} for {datatype}")
+            raise _bad(f"{where}: data must be from {low} to {high} for {datatype}")
     elif dtype.kind == "f":
         largest = float(np.finfo(dtype.str).max)
         if min(flat) < -largest or max(flat) > largest:
-            raise OipError(f"{where}: data must be within +-{largest:.6g} for {datatype}")
+            raise _bad(f"{where}: data must be within +-{largest:.6g} for {datatype}")
     return np.array(flat, dtype).reshape(shape)
 
 
@@ -352,12 +346,12 @@ def _flatten(data: Any, where: str, shape: tuple[int, ...]) -> list[Any]:
     """Flat data as it is, nested data in row-major order; exactly as many elements as the shape has."""
     if isinstance(data, list) and not (data and isinstance(data[0], list)):
         if len(data) != math.prod(shape):
-            raise OipError(f"{where}: data has {len(data)} elements, shape {list(shape)} needs {math.prod(shape)}")
+            raise _bad(f"{where}: data has {len(data)} elements, shape {list(shape)} needs {math.prod(shape)}")
         return data
     level = [data]
     for size in shape:
         if any(type(part) is not list or len(part) != size for part in level):
-            raise OipError(f"{where}: data is nested in another way than shape {list(shape)} says")
+            raise _bad(f"{where}: data is nested in another way than shape {list(shape)} says")
         level = list(chain.from_iterable(level))
     return level
 
@@ -367,12 +361,12 @@ def _from_binary(data: memoryview, where: str, datatype: str, shape: tuple[int, 
     if datatype == "BYTES":
         return _object_array(_split_bytes(data, where, count), shape)
     if len(data) != count * dtype.itemsize:
-        raise OipError(
+        raise _bad(
             f"{where}: {datatype} of shape {list(shape)} takes {count * dtype.itemsize} bytes, "
             f"binary_data_size is {len(data)}",
         )
     if datatype == "BOOL" and np.frombuffer(data, np.uint8).max() > 1:
-        raise OipError(f"{where}: a BOOL in binary data must be a byte of 0 or 1")
+        raise _bad(f"{where}: a BOOL in binary data must be a byte of 0 or 1")
     return np.frombuffer(data, dtype).reshape(shape)
 
 
@@ -381,15 +375,15 @@ def _split_bytes(data: memoryview, where: str, count: int) -> list[bytes]:
     offset = 0
     while offset < len(data):
         if len(elements) == count:
-            raise OipError(f"{where}: the binary data goes on after its {count} BYTES elements")
+            raise _bad(f"{where}: the binary data goes on after its {count} BYTES elements")
         start = offset + 4
         size = struct.unpack_from("<I", data, offset)[0] if start <= len(data) else 0
         if start + size > len(data):
-            raise OipError(f"{where}: BYTES element {len(elements)} is cut short")
+            raise _bad(f"{where}: BYTES element {len(elements)} is cut short")
         elements.append(bytes(data[start : start + size]))
         offset = start + size
     if len(elements) < count:
-        raise OipError(f"{where}: the binary data has {len(elements)} BYTES elements, the shape needs {count}")
+        raise _bad(f"{where}: the binary data has {len(elements)} BYTES elements, the shape needs {count}")
     return elements
 
 
@@ -405,14 +399,22 @@ def _requested_outputs(request: dict[str, Any], binary_output: bool) -> tuple[Re
         where = f"output {_short(name)}"
         parameters = _parameters(entry, f"{where}: ")
         if "shared_memory_region" in parameters:
-            raise OipError(f"{where} is asked for in shared memory, which is not supported; use binary_data", 501)
+            raise InputError(
+                "not_implemented", f"{where} is asked for in shared memory, which is not supported; use binary_data"
+            )
         if parameters.get("classification"):
-            raise OipError(f"{where}: the classification extension is not supported; ask for the whole tensor", 501)
+            raise InputError(
+                "not_implemented", f"{where}: the classification extension is not supported; ask for the whole tensor"
+            )
         binary = parameters.get("binary_data", binary_output)
         if not isinstance(binary, bool):
-            raise OipError(f"{where}: binary_data must be true or false")
+            raise _bad(f"{where}: binary_data must be true or false")
         outputs.append(RequestedOutput(name, binary))
     return tuple(outputs) or None
+
+
+def _bad(message: str) -> InputError:
+    return InputError("invalid_body", message)
 
 
 def _short(text: str) -> str:
@@ -446,7 +448,7 @@ def encode_response(
     """Outputs -> (body, length of its JSON); the length is None where no output is binary and all is JSON.
 
     `head` is what stands beside `outputs` in the JSON: model_name, model_version, id. Arrays are of numbers or
-    booleans. Raises OipError (400) where an output that is to go as JSON has more than `max_json_elements` elements.
+    booleans. Raises InputError where an output that is to go as JSON has more than `max_json_elements` elements.
     """
     described: list[str] = []
     tensors: list[Any] = []
@@ -457,7 +459,7 @@ def encode_response(
             tensors.append(np.ascontiguousarray(array, DTYPES[datatype]))
             described.append(json.dumps({**entry, "parameters": {"binary_data_size": array.nbytes}}))
         elif array.size > max_json_elements:
-            raise OipError(
+            raise _bad(
                 f"output {output.name} has {array.size} elements, more than the {max_json_elements} that are sent as "
                 "JSON; ask for it with binary_data true",
             )

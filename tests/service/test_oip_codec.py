@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.errors import InputError
 from service.oip_codec import (
     DTYPES,
     InferRequest,
-    OipError,
     RequestedOutput,
     TensorSpec,
     accepted_encoding,
@@ -47,8 +47,8 @@ def with_binary(data: bytes, **tensor: Any) -> InferRequest:
     return parse(head + data, len(head))
 
 
-def refusal(call: Any, *arguments: Any, **named: Any) -> OipError:
-    with pytest.raises(OipError) as caught:
+def refusal(call: Any, *arguments: Any, **named: Any) -> InputError:
+    with pytest.raises(InputError) as caught:
         call(*arguments, **named)
     return caught.value
 
@@ -160,7 +160,7 @@ def test_several_tensors_lie_one_after_the_other() -> None:
 )
 def test_a_tensor_that_contradicts_itself_is_a_sentence(tensor: dict[str, Any], message: str) -> None:
     error = refusal(with_json, **tensor)
-    assert error.status == 400
+    assert error.code == "invalid_body"
     assert message in error.message
 
 
@@ -181,15 +181,15 @@ def test_a_tensor_that_contradicts_itself_is_a_sentence(tensor: dict[str, Any], 
 )
 def test_binary_data_that_does_not_fit_is_a_sentence(data: bytes, tensor: dict[str, Any], message: str) -> None:
     error = refusal(with_binary, data, **tensor)
-    assert error.status == 400
+    assert error.code == "invalid_body"
     assert message in error.message
 
 
 def test_shared_memory_is_refused() -> None:
     parameters = {"shared_memory_region": "r", "shared_memory_byte_size": 3}
-    assert refusal(with_json, datatype="UINT8", shape=[3], parameters=parameters).status == 501
+    assert refusal(with_json, datatype="UINT8", shape=[3], parameters=parameters).code == "not_implemented"
     error = refusal(parse, request_with(outputs=[{"name": "y", "parameters": parameters}]))
-    assert error.status == 501
+    assert error.code == "not_implemented"
     assert "shared memory" in error.message
 
 
@@ -249,14 +249,14 @@ def test_left_out_parts_have_defaults() -> None:
 )
 def test_a_request_that_is_none_is_a_sentence(body: bytes, message: str) -> None:
     error = refusal(parse, body)
-    assert error.status == 400
+    assert error.code == "invalid_body"
     assert message in error.message
     assert len(error.message) < 300
 
 
 def test_classification_is_refused() -> None:
     body = request_with(outputs=[{"name": "y", "parameters": {"classification": 3}}])
-    assert refusal(parse, body).status == 501
+    assert refusal(parse, body).code == "not_implemented"
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1e3", "999", "0x10", "٣", "1" * 30])
@@ -266,7 +266,7 @@ def test_a_header_length_that_cannot_be_is_a_sentence(text: str) -> None:
 
 def test_json_beyond_the_limit_is_413() -> None:
     error = refusal(parse, request_with(id="x" * 100_000))
-    assert error.status == 413
+    assert error.code == "too_many_bytes"
     assert "binary" in error.message
 
 
@@ -296,7 +296,7 @@ def test_inputs_are_compared_with_the_model() -> None:
         (sent(shape=[3]), "not [3]"),
     ]:
         error = refusal(check_inputs, inputs, specs, "m")
-        assert error.status == 400
+        assert error.code == "invalid_body"
         assert message in error.message
 
 
@@ -317,7 +317,7 @@ def test_compressed_bodies(encoding: str, squeeze: Any) -> None:
     body = bytes(10_000)
     squeezed = squeeze(body)
     assert inflate(squeezed, encoding, 10_000) == body
-    assert refusal(inflate, squeezed, encoding, 9_999).status == 413
+    assert refusal(inflate, squeezed, encoding, 9_999).code == "too_many_bytes"
     assert "cut short" in refusal(inflate, squeezed[:-1], encoding, 10_000).message
     assert "follow" in refusal(inflate, squeezed + b"x", encoding, 10_000).message
     assert "not valid" in refusal(inflate, b"something else", encoding, 10_000).message
@@ -327,13 +327,13 @@ def test_compressed_bodies(encoding: str, squeeze: Any) -> None:
 def test_a_bomb_is_never_inflated_beyond_the_limit() -> None:
     bomb = gzip.compress(bytes(50_000_000))
     error = refusal(inflate, bomb, "gzip", 1000)
-    assert error.status == 413
+    assert error.code == "too_many_bytes"
     assert "1000 bytes" in error.message
 
 
 def test_other_encodings_are_415() -> None:
     assert inflate(b"as it is", "identity", 1) == b"as it is"
-    assert refusal(inflate, b"", "br", 1000).status == 415
+    assert refusal(inflate, b"", "br", 1000).code == "unsupported"
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_a_response_in_json_alone_has_no_header_length() -> None:
     assert length is None
     np.testing.assert_array_equal(json.loads(body)["outputs"][0]["data"], mask.ravel())
     error = refusal(encode_response, {}, [(RequestedOutput("mask", False), mask)], max_json_elements=mask.size - 1)
-    assert error.status == 400
+    assert error.code == "invalid_body"
     assert "binary_data true" in error.message
 
 
@@ -452,15 +452,15 @@ def test_damaged_compressed_bodies_are_a_sentence(body: bytes, encoding: str, po
     damaged[position % len(damaged)] = value
     try:
         assert len(inflate(bytes(damaged), encoding, 200)) <= 200
-    except OipError as error:
-        assert error.status in (400, 413)
+    except InputError as error:
+        assert error.code in ("invalid_body", "too_many_bytes")
 
 
 def _survives(body: bytes, header_length: object) -> None:
     try:
         request = parse(body, header_length, raw_input="image")
-    except OipError as error:
-        assert error.status in (400, 413, 501)
+    except InputError as error:
+        assert error.code in ("invalid_body", "too_many_bytes", "not_implemented")
         error.message.encode()  # no half surrogate that an answer could not carry
         assert len(error.message) < 500
         return
