@@ -1,6 +1,6 @@
 """The JSON that the service answers with, as models: they build the answers and they are the documentation of them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -17,20 +17,49 @@ class ModelIdentity(BaseModel):
 class ImageFacts(BaseModel):
     """The picture as it was read."""
 
-    width: int = Field(description="Width in pixels after EXIF orientation; the mask has the same.")
-    height: int = Field(description="Height in pixels after EXIF orientation; the mask has the same.")
+    width: int = Field(description="Width in pixels after EXIF orientation.")
+    height: int = Field(description="Height in pixels after EXIF orientation.")
     exif_applied: bool = Field(description="Whether EXIF orientation turned or mirrored the picture.")
     mode: str = Field(
         description="Pixel mode of the file, before conversion to RGB: `RGB`, `RGBA`, `L`, `P`, `I;16`, ..."
     )
 
 
-class Mask(BaseModel):
-    """The label map."""
+class MaskSize(BaseModel):
+    """Size of the label map: the picture's own, unless `max_side` reduced it."""
+
+    width: int
+    height: int
+
+
+class PngMask(MaskSize):
+    """The label map as a file."""
 
     format: Literal["png"] = Field(default="png", description="Indexed PNG; a pixel's value is the id of its class.")
     encoding: Literal["base64"] = "base64"
     data: str = Field(description="The PNG file in base64.")
+
+
+class RleMask(MaskSize):
+    """The label map as one binary mask for each class that has pixels."""
+
+    format: Literal["rle"] = "rle"
+    segments: list[dict[str, Any]] = Field(description="COCO: class, id, segmentation {size, counts}, area, bbox.")
+
+
+class PolygonMask(MaskSize):
+    """The label map as outlines."""
+
+    format: Literal["polygons"] = "polygons"
+    features: dict[str, Any] = Field(
+        description="A GeoJSON FeatureCollection in pixels, x to the right, y down: one MultiPolygon for each class."
+    )
+
+
+class AttachedMask(MaskSize):
+    """The label map is in the other part of the answer."""
+
+    format: Literal["attached"] = "attached"
 
 
 class Timings(BaseModel):
@@ -38,9 +67,24 @@ class Timings(BaseModel):
 
     decode: float = Field(description="Picture file to pixels.")
     queue: float = Field(description="Waiting for a free worker or for the device.")
-    infer: float = Field(description="Inside ONNX Runtime: resizing, every view, merging, argmax.")
-    encode: float = Field(description="Label map to PNG.")
+    infer: float = Field(description="The model's run: resizing, every view, merging, argmax.")
+    encode: float = Field(description="Label map to the format asked for.")
     total: float = Field(description="From the first byte of the request to this answer, receiving the body included.")
+
+
+class Cost(BaseModel):
+    """What the request was charged, known before it was run."""
+
+    pixels: int = Field(description="Pixels x views, in the network and at the picture's own size.")
+    predicted_ms: float = Field(description="The run's predicted time, from the runs before it.")
+
+
+class Prediction(Cost):
+    """The answer to `dry_run`: what segmenting the picture would take now."""
+
+    wait_ms: float = Field(description="Predicted time before its turn comes.")
+    queue_pixels: int = Field(description="Pixels x views in the house.")
+    queue_limit_pixels: int = Field(description="Most pixels x views that are let in.")
 
 
 class SegmentAnswer(BaseModel):
@@ -51,9 +95,25 @@ class SegmentAnswer(BaseModel):
     image: ImageFacts
     scales: list[float] = Field(description="Scales that were averaged.")
     flip: bool = Field(description="Whether mirrored views were averaged too.")
-    mask: Mask
-    presence: list[PresenceRow] = Field(description="Every class of the model, the highest score first.")
+    mask: PngMask | RleMask | PolygonMask | AttachedMask = Field(discriminator="format")
+    presence: list[PresenceRow] = Field(description="Every class asked about, the highest score first.")
+    cost: Cost
     timing_ms: Timings
+
+
+class ItemAnswer(BaseModel):
+    """One picture of a batch: an answer or an error."""
+
+    name: str = Field(description="The file's name, as sent.")
+    answer: SegmentAnswer | None = None
+    error: "Fault | None" = None
+
+
+class BatchAnswer(BaseModel):
+    """One item for each picture, in the order sent."""
+
+    id: str = Field(description="The request's id, also in the header X-Request-ID.")
+    items: list[ItemAnswer]
 
 
 class ClassEntry(BaseModel):
@@ -83,6 +143,22 @@ class HealthModel(ModelIdentity):
     licence: str | None = None
 
 
+class ModelEntry(BaseModel):
+    """One of the models the service was started with."""
+
+    name: str = Field(description="The name to ask for it by, in option `model`.")
+    default: bool = Field(description="Whether it answers where a request names none.")
+    state: str = Field(description="`ready`, `starting`, `restarting`, `failed`, `closed` or `unloaded`.")
+    device: Literal["cpu", "cuda"] | None = None
+    model: HealthModel | None = Field(default=None, description="What its file says; null while it is not loaded.")
+
+
+class ModelsAnswer(BaseModel):
+    """Every model, in the order of the settings."""
+
+    models: list[ModelEntry]
+
+
 class HealthAnswer(BaseModel):
     """The service is up and has run its model once."""
 
@@ -91,6 +167,13 @@ class HealthAnswer(BaseModel):
     onnxruntime: str = Field(description="Version of ONNX Runtime.")
     device: Literal["cpu", "cuda"]
     model: HealthModel
+
+
+class StateAnswer(BaseModel):
+    """Whether the service is alive, or ready; `reasons` is empty where it is."""
+
+    ok: bool
+    reasons: list[str]
 
 
 class Fault(BaseModel):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sys
 import warnings
 from collections import Counter
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 from service.engine import Engine, ModelError
 from service.errors import InputError
 from service.images import decode
+from service.models import Models
 from service.options import Options, parse_options
 from service.presence import presence_rows
 from service.render import mask_png, overlay_jpeg
@@ -25,7 +25,6 @@ from service.settings import Settings
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"}
 MASK_SUFFIX = ".mask.png"
 OVERLAY_SUFFIX = ".overlay.jpg"
-GRACE_SECONDS = 30  # for requests in flight when the server is told to stop
 
 cli = typer.Typer(
     help="Scene segmentation with EncNet: which class is where, and which classes are in the scene.\n\n"
@@ -71,10 +70,17 @@ def serve(
 
         ENCNET_MAX_PIXELS=4000000 python -m service serve --host 0.0.0.0
     """
+    from service import server
+
     settings = _settings(model=model, host=host, port=port, device=device, threads=threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again once it has shut down
-    with _listen(settings) as listener:
-        _run_server(settings, _load(settings), listener)
+    try:
+        with server.listen(settings) as listener:
+            server.run(settings, listener, lambda models: typer.echo(_ready_text(models, listener.getsockname()[1])))
+    except (server.CannotListen, ModelError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        return
 
 
 @cli.command()
@@ -280,64 +286,19 @@ def _load(settings: Settings) -> Engine:
     return engine
 
 
-def _listen(settings: Settings) -> socket.socket:
-    """The listening socket, taken before the model is loaded so that a port in use is told at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        _fail(f"cannot listen on {settings.host}: {error.strerror}")
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        _fail(
-            f"cannot listen on {settings.host} port {settings.port}: {(error.strerror or str(error)).lower()}; "
-            "choose another with --port (make serve PORT=...)"
-        )
-    return listener
-
-
-def _run_server(settings: Settings, engine: Engine, listener: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what is in flight."""
-    import logging
-
-    import uvicorn
-
-    from service.app import create_app
-
-    class Server(uvicorn.Server):
-        """uvicorn, which says where and what it serves once it really does."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                typer.echo(_ready_text(settings, engine, listener.getsockname()[1]))
-
-    engine.warm_up()
-    config = uvicorn.Config(
-        create_app(settings, engine), log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
-    )
-    logging.getLogger("uvicorn.access").setLevel(logging.INFO)
-    try:
-        Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:
-        return
-
-
-def _ready_text(settings: Settings, engine: Engine, port: int) -> str:
-    metadata = engine.metadata
+def _ready_text(models: Models, port: int) -> str:
+    settings = models.settings
     everywhere = settings.host in ("0.0.0.0", "::")
     host = "127.0.0.1" if everywhere else f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{port}"
-    return (
-        f"\nEncNet Serve listens on {url}{' and every other interface' if everywhere else ''}\n"
-        f"  model    {metadata.name}, {len(metadata.classes)} classes, on {engine.device} ({engine.path})\n"
-        f"  try      curl -F image=@examples/street.jpg {url}/segment\n"
-        f"           curl -F image=@examples/street.jpg '{url}/segment?format=png' -o mask.png\n"
-        f"  docs     {url}/docs\n"
-    )
+    lines = [f"\nEncNet Serve listens on {url}{' and every other interface' if everywhere else ''}"]
+    for served in models.all:
+        engine = models.pipeline(served.name).engine
+        classes = len(engine.metadata.classes)
+        lines.append(f"  model    {engine.metadata.name}, {classes} classes, on {engine.device} ({served.path})")
+    lines += [
+        f"  try      curl -F image=@examples/street.jpg {url}/segment",
+        f"           curl -F image=@examples/street.jpg '{url}/segment?format=png' -o mask.png",
+        f"  docs     {url}/docs\n",
+    ]
+    return "\n".join(lines)

@@ -12,11 +12,12 @@ import onnxruntime as ort
 from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt, ValidationError, model_validator
 
 from service import kernels
+from service.cost import Work, window_starts, work_of
 
 HOW_TO_EXPORT = "`python -m export CHECKPOINT --output FILE.onnx` makes a file that can be served"
 
 _INPUTS = {"image": "tensor(uint8)", "scales": "tensor(float)", "flip": "tensor(bool)"}
-_OUTPUTS = ("mask", "presence")
+_OUTPUTS = ("mask", "presence", "probabilities")
 _ERRORS_ONLY = 3  # ONNX Runtime's log level
 
 
@@ -60,10 +61,22 @@ class Metadata(BaseModel):
 
 
 @dataclass(frozen=True)
-class Segmentation:
-    """The answer for one picture: `mask` uint8 (H, W), uint16 above 255 classes; `presence` float32 (C,) in 0..1.
+class Plan:
+    """How a picture is segmented; see Engine.segment. Pictures of one shape and one plan can share a run."""
 
-    `scales` and `flip` are those used; `infer_ms` is the time inside ONNX Runtime, in milliseconds.
+    scales: tuple[float, ...]
+    flip: bool
+    window: int | None = None
+    stride: int | None = None
+    probabilities: bool = False
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The answer for one picture: `mask` uint8 (H, W), uint16 above 255 classes; `presence` float32 (C,) in 0..1;
+    `probabilities` float32 (C, H, W), None unless the plan asks for them.
+
+    `scales` and `flip` are those used; `infer_ms` is the time of the run, shared with `batch` - 1 other pictures.
     """
 
     mask: np.ndarray
@@ -71,6 +84,8 @@ class Segmentation:
     scales: tuple[float, ...]
     flip: bool
     infer_ms: float
+    probabilities: np.ndarray | None = None
+    batch: int = 1
 
 
 def read_metadata(properties: dict[str, str], file: Path) -> Metadata:
@@ -98,11 +113,20 @@ class Engine:
 
     Raises ModelError where the file is missing, is no ONNX model, lacks the metadata or the graph of an EncNet Serve
     model, or where the device asked for is not there.
+
+    `threads` are those of one inference on the CPU, 0 for one per core; `gpu_memory_limit` bounds what ONNX Runtime
+    takes on the GPU, in bytes, 0 for no limit.
     """
 
-    def __init__(self, model: Path, device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0) -> None:
+    def __init__(
+        self,
+        model: Path,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        threads: int = 0,
+        gpu_memory_limit: int = 0,
+    ) -> None:
         self.path = model
-        self._session = _open_session(model, _providers(device), threads)
+        self._session = _open_session(model, _providers(device, gpu_memory_limit), threads)
         self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, model)
         _check_graph(self._session, model)
         self.device: Literal["cpu", "cuda"] = (
@@ -113,29 +137,93 @@ class Engine:
         with model.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
+    def plan(
+        self,
+        scales: Sequence[float] | None = None,
+        flip: bool | None = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        probabilities: bool = False,
+    ) -> Plan:
+        """The arguments of `segment` with the model's defaults filled in. Raises ValueError as `segment` does."""
+        used_scales = self.metadata.scales if scales is None else tuple(scales)
+        if not used_scales or not all(scale > 0 for scale in used_scales):
+            raise ValueError(f"scales must be one or more numbers above 0, not {used_scales}")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 pixel, not {window}")
+        if stride is not None and not (window and 1 <= stride <= window):
+            raise ValueError(f"stride must be from 1 to the window's {window}, not {stride}")
+        return Plan(
+            used_scales,
+            self.metadata.flip if flip is None else flip,
+            window,
+            (stride or -(-2 * window // 3)) if window else None,
+            probabilities,
+        )
+
+    def work(self, width: int, height: int, plan: Plan) -> Work:
+        """What a picture of width x height pixels costs under a plan."""
+        return work_of(width, height, self.metadata.base_size, plan.scales, plan.flip, plan.window, plan.stride)
+
     def segment(
-        self, image: np.ndarray, scales: Sequence[float] | None = None, flip: bool | None = None
+        self,
+        image: np.ndarray,
+        scales: Sequence[float] | None = None,
+        flip: bool | None = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        probabilities: bool = False,
     ) -> Segmentation:
         """Segment one picture.
 
         `image` is uint8 (H, W, 3) RGB, upright. `scales` and `flip` choose the views that are averaged; left out, they
-        are the model's own defaults. Raises ValueError for an array of another shape or dtype, or no scale above 0.
+        are the model's own defaults. With `window`, every window x window part is segmented like a picture of its own,
+        in steps of `stride` pixels (two thirds of a window where left out), and where windows overlap their
+        probabilities are averaged; a class's presence is then the highest among the windows.
+
+        Raises ValueError for an array of another shape or dtype, no scale above 0, or a stride outside 1..window.
         """
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
-        used_scales = self.metadata.scales if scales is None else tuple(scales)
-        if not used_scales or not all(scale > 0 for scale in used_scales):
-            raise ValueError(f"scales must be one or more numbers above 0, not {used_scales}")
-        used_flip = self.metadata.flip if flip is None else flip
-        feeds = {
-            "image": np.ascontiguousarray(image)[None],
-            "scales": np.asarray(used_scales, np.float32),
-            "flip": np.asarray(used_flip, np.bool_),
-        }
+        plan = self.plan(scales, flip, window=window, stride=stride, probabilities=probabilities)
+        return self.run([image], plan)[0]
+
+    def run(self, images: Sequence[np.ndarray], plan: Plan) -> list[Segmentation]:
+        """Segment pictures of one shape in one call of ONNX Runtime; with windows, in one call for each window."""
+        for image in images:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
         started = time.perf_counter()
-        mask, presence = self._session.run(_OUTPUTS, feeds)
+        if plan.window:
+            answers = [self._windows(image, plan) for image in images]
+        else:
+            wanted = _OUTPUTS if plan.probabilities else _OUTPUTS[:2]
+            outputs = self._session.run(wanted, _feeds(images[0][None] if len(images) == 1 else np.stack(images), plan))
+            answers = list(zip(*outputs, *([] if plan.probabilities else [[None] * len(images)]), strict=True))
         infer_ms = (time.perf_counter() - started) * 1000
-        return Segmentation(mask[0], presence[0], used_scales, used_flip, infer_ms)
+        return [
+            Segmentation(mask, presence, plan.scales, plan.flip, infer_ms, probabilities, len(images))
+            for mask, presence, probabilities in answers
+        ]
+
+    def _windows(self, image: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Mask, presence and (if the plan asks) probabilities of one picture, window by window."""
+        height, width, _ = image.shape
+        window, stride = plan.window, plan.stride
+        assert window and stride
+        total = np.zeros((len(self.metadata.classes), height, width), np.float32)
+        visits = np.zeros((height, width), np.float32)
+        presence = np.zeros(len(self.metadata.classes), np.float32)
+        for top in window_starts(height, window, stride):
+            for left in window_starts(width, window, stride):
+                part = (slice(top, top + window), slice(left, left + window))
+                crop = np.ascontiguousarray(image[part])
+                scores, probabilities = self._session.run(_OUTPUTS[1:], _feeds(crop[None], plan))
+                total[:, *part] += probabilities[0]
+                visits[part] += 1
+                np.maximum(presence, scores[0], out=presence)
+        mask = total.argmax(0).astype(np.uint16 if len(presence) > 255 else np.uint8)
+        return mask, presence, total / visits if plan.probabilities else None
 
     def warm_up(self) -> None:
         """Run once, so that the first request does not pay for set-up.
@@ -150,7 +238,15 @@ class Engine:
             self.segment(grey, scales=(0.25,), flip=False)
 
 
-def _providers(device: str) -> list[Any]:
+def _feeds(images: np.ndarray, plan: Plan) -> dict[str, np.ndarray]:
+    return {
+        "image": images,
+        "scales": np.asarray(plan.scales, np.float32),
+        "flip": np.asarray(plan.flip, np.bool_),
+    }
+
+
+def _providers(device: str, gpu_memory_limit: int) -> list[Any]:
     """ONNX Runtime's execution providers for a device, the preferred one first."""
     if device == "cpu":
         return ["CPUExecutionProvider"]
@@ -166,6 +262,8 @@ def _providers(device: str) -> list[Any]:
         "cudnn_conv_algo_search": "HEURISTIC",  # an exhaustive search would run anew for every picture size
         "arena_extend_strategy": "kSameAsRequested",  # sizes vary: doubling the arena each time would hoard memory
     }
+    if gpu_memory_limit:
+        cuda["gpu_mem_limit"] = str(gpu_memory_limit)
     return [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
 
 

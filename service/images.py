@@ -14,6 +14,8 @@
 
 import io
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,21 +36,25 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture: `pixels` uint8 (H, W, 3) RGB, upright; `mode` and `format` are those of the file."""
+    """A decoded picture: `pixels` uint8 (H, W, 3) RGB, upright; `mode` and `format` are those of the file.
+
+    `size` is the upright picture's (width, height) before `max_side` reduced it.
+    """
 
     pixels: np.ndarray
     mode: str
     format: str
     exif_applied: bool
+    size: tuple[int, int]
 
     @property
     def height(self) -> int:
-        """Height in pixels, after orientation."""
+        """Height of `pixels`."""
         return self.pixels.shape[0]
 
     @property
     def width(self) -> int:
-        """Width in pixels, after orientation."""
+        """Width of `pixels`."""
         return self.pixels.shape[1]
 
 
@@ -57,8 +63,8 @@ def too_many_bytes(max_bytes: int) -> InputError:
     return InputError("too_many_bytes", f"the picture file is larger than the {max_bytes} bytes allowed")
 
 
-def decode(data: bytes, *, max_bytes: int, max_pixels: int) -> Picture:
-    """Decode a whole picture file, its orientation applied.
+def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_side: int | None = None) -> Picture:
+    """Decode a whole picture file, its orientation applied; with `max_side`, reduced until no side is longer.
 
     The pixel count is read from the header and checked before any pixel is decoded; then every pixel is decoded, so
     that a file cut short is an error and never half a picture.
@@ -66,6 +72,33 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int) -> Picture:
     Raises InputError with one of the codes empty, too_many_bytes, not_an_image, too_many_pixels, truncated (cut short
     or damaged) and unsupported.
     """
+    with _opened(data, max_bytes, max_pixels) as image:
+        name, mode = str(image.format), image.mode
+        orientation = _orientation(image)
+        image.load()
+        upright = _turn_upright(_to_rgb(image), _orientation(image))  # TIFF: load() has turned the pixels already
+        reduced = reduced_size(*upright.size, max_side)
+        pixels = upright if reduced == upright.size else upright.resize(reduced, Image.Resampling.BILINEAR)
+        return Picture(np.asarray(pixels), mode, name, orientation in range(2, 9), upright.size)
+
+
+def read_size(data: bytes, *, max_bytes: int, max_pixels: int) -> tuple[int, int]:
+    """Width and height that a picture file's header states, before orientation. Raises InputError as `decode` does."""
+    with _opened(data, max_bytes, max_pixels) as image:
+        return image.size
+
+
+def reduced_size(width: int, height: int, max_side: int | None) -> tuple[int, int]:
+    """Width and height after `max_side`, at least 1 each; a picture is never enlarged."""
+    if max_side is None or max(width, height) <= max_side:
+        return width, height
+    ratio = max_side / max(width, height)
+    return max(1, round(width * ratio)), max(1, round(height * ratio))
+
+
+@contextmanager
+def _opened(data: bytes, max_bytes: int, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture with its header read and its limits checked; what fails in the body becomes InputError too."""
     if not data:
         raise InputError("empty", "the picture file is empty (zero bytes)")
     if len(data) > max_bytes:
@@ -73,11 +106,7 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int) -> Picture:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(image.size, max_pixels)
-            name, mode = str(image.format), image.mode
-            orientation = _orientation(image)
-            image.load()
-            upright = _turn_upright(_to_rgb(image), _orientation(image))  # TIFF: load() has turned the pixels already
-            return Picture(np.asarray(upright), mode, name, exif_applied=orientation in range(2, 9))
+            yield image
     except (InputError, MemoryError):
         raise
     except Image.DecompressionBombError:

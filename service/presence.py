@@ -1,5 +1,6 @@
 """Which classes are in the picture: the scores of the network next to what the mask shows."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -19,10 +20,24 @@ PresenceRow = TypedDict(
 )
 
 
+def only_classes(mask: np.ndarray, ids: Sequence[int] | None) -> np.ndarray:
+    """The label map (H, W) with every other class replaced by the largest value of its dtype; None keeps all."""
+    if ids is None:
+        return mask
+    other = np.iinfo(mask.dtype).max
+    table = np.full(other + 1, other, mask.dtype)
+    table[list(ids)] = ids
+    return table[mask]
+
+
 def presence_rows(
-    mask: np.ndarray, presence: np.ndarray, classes: tuple[str, ...], threshold: float
+    mask: np.ndarray,
+    presence: np.ndarray,
+    classes: tuple[str, ...],
+    threshold: float,
+    ids: Sequence[int] | None = None,
 ) -> list[PresenceRow]:
-    """One row for each class, the highest score first.
+    """One row for each class (of `ids`, where given), the highest score first.
 
     `mask` is uint8 or uint16 (H, W), `presence` float32 (C,) in 0..1, `threshold` the score from which on a class is
     present.
@@ -38,5 +53,6 @@ def presence_rows(
             "fraction": int(pixels[index]) / mask.size,
         }
         for index, name in enumerate(classes)
+        if ids is None or index in ids
     ]
     return sorted(rows, key=lambda row: -row["score"])

@@ -1,10 +1,10 @@
-"""Everything that can be set about a running service, each from an ENCNET_ environment variable."""
+"""Everything that can be set about a running service, each from an ENCNET_ environment variable or a file."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "camvid.onnx"
 
@@ -14,28 +14,90 @@ PILLOW_PIXEL_GUARD = 178_956_970  # Pillow refuses larger pictures by itself, as
 class Settings(BaseSettings):
     """Settings of the service; `ENCNET_PORT=9000` sets `port`, and so on for each field.
 
+    The same names may stand in a file `encnet.env` in the working directory; the environment wins over it, and the
+    command line over both.
+
     `max_pixels` bounds memory: class probabilities at the picture's own size cost H*W*C*4 bytes, so 16 megapixels with
     CamVid's 11 classes take 0.7 GB, and with ADE20K's 150 classes 9.6 GB. Lower it where memory is small.
 
     Raises pydantic.ValidationError for a value out of range.
     """
 
-    model_config = SettingsConfigDict(env_prefix="ENCNET_")
+    model_config = SettingsConfigDict(env_prefix="ENCNET_", env_file="encnet.env", extra="ignore")
 
     model: Path = Field(default=EMBEDDED_MODEL, description="The .onnx file to serve.")
+    models: Annotated[dict[str, Path], NoDecode] = Field(
+        default={}, description="More models by name, as in `night=night.onnx,indoor=indoor.onnx`."
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes the GPU where there is one.")
     threads: int = Field(default=0, ge=0, description="Threads for one inference on the CPU; 0 is one per core.")
+    gpu_memory_limit: int = Field(default=0, ge=0, description="Most bytes to take on the GPU; 0 is no limit.")
+    max_batch: int = Field(default=1, ge=1, le=64, description="Most waiting pictures of one shape to run together.")
+
     max_bytes: int = Field(default=20 * 2**20, ge=1, description="Largest picture file, in bytes.")
     max_pixels: int = Field(default=16_000_000, ge=1, le=PILLOW_PIXEL_GUARD, description="Largest picture, in pixels.")
+    max_items: int = Field(default=32, ge=1, description="Most pictures in one request to /segment/batch.")
+    max_buffered_bytes: int = Field(
+        default=512 * 2**20, ge=1, description="Most bytes of request bodies to hold at a time; beyond it, 429."
+    )
     min_scale: float = Field(default=0.25, gt=0, description="Smallest scale a request may ask for.")
     max_scale: float = Field(default=3.0, gt=0, description="Largest scale a request may ask for.")
     max_scales: int = Field(default=8, ge=1, description="Most scales in one request; `flip` doubles the views.")
     threshold: float = Field(default=0.5, ge=0, le=1, description="A class is present from this score on.")
 
+    max_queue_pixels: int = Field(
+        default=256_000_000, ge=1, description="Most pixels x views to have in the house; beyond it, 429."
+    )
+    timeout_ms: int = Field(default=30_000, ge=1, description="Time for a request that names none.")
+    max_timeout_ms: int = Field(default=300_000, ge=1, description="Longest time a request may ask for.")
+    deadline_share: float = Field(
+        default=0.8, gt=0, le=1, description="A request predicted to take more than this share of its time gets 429."
+    )
+    hang_seconds: float = Field(
+        default=60.0, gt=0, description="A run hangs when it takes longer, and 10x its prediction."
+    )
+    grace_seconds: float = Field(default=30.0, ge=0, description="Time to finish what is in flight when told to stop.")
+
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="Keys, separated by commas, of which a request must show one; none: open to all."
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Web origins, separated by commas, whose pages may call the service; `*` for all."
+    )
+    allow_urls: bool = Field(default=False, description="Whether a request may name a picture by URL.")
+    url_timeout_ms: int = Field(default=5_000, ge=1, description="Time to fetch a picture by URL.")
+    log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people, or for programs.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _read_models(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        if not all(name.strip() and path.strip() for name, _, path in pairs):
+            raise ValueError("must be NAME=FILE.onnx pairs separated by commas")
+        return {name.strip(): path.strip() for name, _, path in pairs}
+
+    @field_validator("models")
+    @classmethod
+    def _names_fit_in_addresses(cls, value: dict[str, Path]) -> dict[str, Path]:
+        for name in value:
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                raise ValueError(f"the model name {name!r} may only have letters, digits, '-', '_' and '.'")
+        return value
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _read_list(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
     @model_validator(mode="after")
-    def _scale_range_is_not_empty(self) -> "Settings":
+    def _ranges_are_not_empty(self) -> "Settings":
         if self.min_scale > self.max_scale:
             raise ValueError(f"min_scale {self.min_scale:g} is above max_scale {self.max_scale:g}")
+        if self.timeout_ms > self.max_timeout_ms:
+            raise ValueError(f"timeout_ms {self.timeout_ms} is above max_timeout_ms {self.max_timeout_ms}")
         return self

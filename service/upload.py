@@ -1,67 +1,126 @@
 """One request body -> the picture's bytes and the options beside it, never keeping more than the limit."""
 
+import base64
+import binascii
+import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
 from service.errors import InputError
 from service.images import too_many_bytes
+from service.options import option_pairs
 
 PICTURE_FIELDS = ("image", "file")
 
 _FORM_OVERHEAD = 64 * 1024  # part headers, boundaries and options around the picture, in bytes
 _MAX_FIELDS = 32
+_DATA_URI = re.compile(r"data:[\w.+/-]*(;[\w=.+-]+)*;base64,", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Upload:
-    """The picture file as sent, and the options of query and form as (name, text) pairs, not yet checked."""
+    """The picture file as sent (or where to fetch it), and the options of query and body, not yet checked."""
 
     picture: bytes
     options: list[tuple[str, str]]
+    url: str | None = None
+    name: str = ""
 
 
 async def read_upload(request: Request, max_bytes: int) -> Upload:
-    """Read a multipart form with the picture in `image` or `file`, or any other body as the picture itself.
+    """Read a multipart form, a JSON object, or any other body as the picture itself.
 
-    Raises InputError with code too_many_bytes, missing_image or several_images, and starlette's HTTPException (400) for
-    a form that cannot be parsed.
+    In a form the picture is the file field `image` (or `file`), in JSON the data URI `image`, or `{"url": ...}`.
+    Raises InputError with code too_many_bytes, missing_image, several_images or invalid_body, and starlette's
+    HTTPException (400) for a form that cannot be parsed.
     """
     query = request.query_params.multi_items()
-    is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
-    limit = max_bytes + _FORM_OVERHEAD if is_form else max_bytes
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_many_bytes(max_bytes)
-    bounded = Request(request.scope, _bounded(request.receive, limit, too_many_bytes(max_bytes)))
-    if not is_form:
-        return Upload(await bounded.body(), query)
-    async with bounded.form(max_files=_MAX_FIELDS, max_fields=_MAX_FIELDS, max_part_size=_FORM_OVERHEAD) as form:
-        pictures: list[UploadFile] = []
-        options = query
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if name not in PICTURE_FIELDS:
-                    raise InputError(
-                        "unknown_option", f"file field {name[:64]!r} is not known; send the picture as image"
-                    )
-                if value.filename or value.size:  # browsers send an unused file field as a nameless empty file
-                    pictures.append(value)
-            elif name in PICTURE_FIELDS:
-                if value:
-                    raise InputError("missing_image", f"field {name} is text, not a file: with curl, -F {name}=@FILE")
-            else:
-                options.append((name, value))
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        uploads = await read_uploads(request, max_bytes, 1)
+        return uploads[0]
+    if kind == "application/json":
+        error = too_many_bytes(max_bytes)
+        body = await _within(request, max_bytes * 4 // 3 + _FORM_OVERHEAD, error).body()
+        return _from_json(body, query)
+    return Upload(await _within(request, max_bytes, too_many_bytes(max_bytes)).body(), query)
+
+
+async def read_uploads(request: Request, max_bytes: int, max_items: int) -> list[Upload]:
+    """Read a multipart form with up to `max_items` pictures of `max_bytes` each; all have the form's options.
+
+    Raises InputError and HTTPException as `read_upload` does.
+    """
+    limit = max_items * max_bytes + _FORM_OVERHEAD
+    total = InputError("too_many_bytes", f"the form is larger than the {limit} bytes allowed")
+    bounded = _within(request, limit, too_many_bytes(max_bytes) if max_items == 1 else total)
+    limits = {"max_files": max_items + _MAX_FIELDS, "max_fields": _MAX_FIELDS, "max_part_size": _FORM_OVERHEAD}
+    async with bounded.form(**limits) as form:
+        pictures, options = _split(form)
         if not pictures:
             raise InputError("missing_image", "the form has no picture: send a file in the field image")
-        if len(pictures) > 1:
-            raise InputError("several_images", f"the form has {len(pictures)} pictures: send one for each request")
-        return Upload(await pictures[0].read(), options)
+        if len(pictures) > max_items:
+            allowed = "one for each request" if max_items == 1 else f"at most {max_items}"
+            raise InputError("several_images", f"the form has {len(pictures)} pictures: send {allowed}")
+        options += request.query_params.multi_items()
+        return [Upload(await file.read(), options, name=file.filename or "") for file in pictures]
 
 
-def _bounded(receive: Receive, limit: int, error: InputError) -> Receive:
+def _split(form: FormData) -> tuple[list[UploadFile], list[tuple[str, str]]]:
+    """The pictures and the options of a form."""
+    pictures: list[UploadFile] = []
+    options = []
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            if name not in PICTURE_FIELDS:
+                raise InputError("unknown_option", f"file field {name[:64]!r} is not known; send the picture as image")
+            if value.filename or value.size:  # browsers send an unused file field as a nameless empty file
+                pictures.append(value)
+        elif name in PICTURE_FIELDS:
+            if value:
+                raise InputError("missing_image", f"field {name} is text, not a file: with curl, -F {name}=@FILE")
+        else:
+            options.append((name, value))
+    return pictures, options
+
+
+def _from_json(body: bytes, query: list[tuple[str, str]]) -> Upload:
+    try:
+        values: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        raise InputError("invalid_body", "the body is not JSON, which its Content-Type says it is") from None
+    if not isinstance(values, dict):
+        raise InputError("invalid_body", 'the body must be a JSON object, as in {"image": "data:image/png;base64,..."}')
+    image = values.pop("image", None)
+    options = query + option_pairs(values)
+    if isinstance(image, dict) and set(image) == {"url"} and isinstance(image["url"], str):
+        return Upload(b"", options, url=image["url"])
+    if not isinstance(image, str):
+        raise InputError("missing_image", 'the body has no picture: set image to a data URI, or to {"url": ...}')
+    start = _DATA_URI.match(image)
+    if not start:
+        raise InputError("missing_image", "image must be a data URI, as in data:image/png;base64,iVBORw0...")
+    try:
+        return Upload(base64.b64decode(image[start.end() :], validate=True), options)
+    except (binascii.Error, ValueError):
+        raise InputError("invalid_body", "the data URI in image is not valid base64") from None
+
+
+def _within(request: Request, limit: int, error: InputError) -> Request:
+    """The request, whose body raises `error` as soon as it is, or says it is, longer than `limit` bytes."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise error
+    return Request(request.scope, _bounded(request.receive, limit, error))
+
+
+def _bounded(receive: Receive, limit: int, error: InputError) -> Callable[[], Any]:
     """`receive` that raises `error` once the body has passed `limit` bytes; the server drops what still comes."""
     seen = 0
 

@@ -1,7 +1,7 @@
 """What the suites share: the tiny model loaded, a picture whose mask is known, a client without a network."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from tiny_model import METADATA, PALETTE, tiny_model
 
 from service.app import create_app
 from service.engine import Engine
+from service.models import Models
 from service.settings import Settings
 
 with warnings.catch_warnings():
@@ -72,13 +73,21 @@ def quadrants_mask() -> np.ndarray:
 
 
 @pytest.fixture
-def client(settings: Settings, engine: Engine) -> TestClient:
-    return TestClient(create_app(settings, engine), raise_server_exceptions=False)
+def client_with(settings: Settings) -> Iterator[Callable[..., TestClient]]:
+    """A function that makes a client of a service with some settings changed, or with engines of its own."""
+    made: list[Models] = []
+
+    def make(open_engine: Callable[[Path, Settings], Engine] | None = None, **changes: object) -> TestClient:
+        models = Models(settings.model_copy(update=changes), open_engine)
+        models.start()
+        made.append(models)
+        return TestClient(create_app(models=models), raise_server_exceptions=False)
+
+    yield make
+    for models in made:
+        models.close()
 
 
 @pytest.fixture
-def client_with(settings: Settings, engine: Engine) -> Callable[..., TestClient]:
-    """A function that makes a client of a service with some settings changed."""
-    return lambda **changes: TestClient(
-        create_app(settings.model_copy(update=changes), engine), raise_server_exceptions=False
-    )
+def client(client_with: Callable[..., TestClient]) -> TestClient:
+    return client_with()

@@ -18,9 +18,9 @@ from starlette.testclient import TestClient
 from tiny_model import CLASSES, PALETTE, encoded
 
 import service
-from service.app import STATUS_OF_CODE, create_app
 from service.engine import Engine
-from service.settings import Settings
+from service.errors import STATUS_OF_CODE
+from service.options import Options
 
 
 def mask_of(answer: dict[str, Any]) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_answer_has_every_documented_part(client: TestClient, engine: Engine, pn
     response = client.post("/segment", files={"image": ("q.png", png)})
     assert response.status_code == 200
     answer = response.json()
-    assert set(answer) == {"id", "model", "image", "scales", "flip", "mask", "presence", "timing_ms"}
+    assert set(answer) == {"id", "model", "image", "scales", "flip", "mask", "presence", "cost", "timing_ms"}
     assert answer["id"] == response.headers["x-request-id"]
     assert answer["model"] == {"name": "encnet-tiny", "sha256": engine.sha256}
     assert answer["image"] == {"width": 40, "height": 30, "exif_applied": False, "mode": "RGB"}
@@ -70,6 +70,8 @@ def test_answer_has_every_documented_part(client: TestClient, engine: Engine, pn
     assert answer["flip"] is False
     assert answer["mask"]["format"] == "png"
     assert answer["mask"]["encoding"] == "base64"
+    assert (answer["mask"]["width"], answer["mask"]["height"]) == (40, 30)
+    assert str(answer["cost"]["pixels"]) == response.headers["x-cost-pixels"]
     assert set(answer["timing_ms"]) == {"decode", "queue", "infer", "encode", "total"}
     phases = {phase: ms for phase, ms in answer["timing_ms"].items() if phase != "total"}
     assert all(ms >= 0 for ms in phases.values())
@@ -294,15 +296,15 @@ def test_unknown_path_and_wrong_method(client: TestClient) -> None:
 
 
 def test_an_unforeseen_failure_is_json_without_a_traceback(
-    settings: Settings, model_file: Path, png: bytes, caplog: pytest.LogCaptureFixture
+    client: TestClient, png: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = Engine(model_file, "cpu")
-    broken.segment = None  # type: ignore[method-assign,assignment]
-    client = TestClient(create_app(settings, broken), raise_server_exceptions=False)
+    monkeypatch.setattr("service.segment_routes.presence_rows", None)
     response = client.post("/segment", content=png, headers={"X-Request-ID": "abc-1"})
     assert_error(response, 500, "internal_error")
     assert response.json()["error"]["request_id"] == "abc-1"
-    assert "abc-1" in caplog.text
+    (record,) = (record for record in caplog.records if record.exc_info)
+    assert "TypeError" in caplog.text
+    assert record.name == "service.middleware"
 
 
 def test_request_id_is_echoed_where_it_is_decent_and_made_otherwise(client: TestClient) -> None:
@@ -343,12 +345,12 @@ def test_root_leads_to_the_docs(client: TestClient) -> None:
 
 def test_docs_describe_upload_options_and_errors(client: TestClient) -> None:
     operation = client.get("/openapi.json").json()["paths"]["/segment"]["post"]
-    assert {parameter["name"] for parameter in operation["parameters"]} == {"scales", "flip", "format"}
+    assert {parameter["name"] for parameter in operation["parameters"]} == set(Options.model_fields)
     assert all(parameter["description"] for parameter in operation["parameters"])
     content = operation["requestBody"]["content"]
-    assert set(content["multipart/form-data"]["schema"]["properties"]) == {"image", "scales", "flip", "format"}
-    assert {"application/octet-stream", "image/jpeg"} <= set(content)
-    assert set(operation["responses"]["200"]["content"]) == {"application/json", "image/png"}
+    assert set(content["multipart/form-data"]["schema"]["properties"]) == {"image", *Options.model_fields}
+    assert {"application/octet-stream", "image/jpeg", "application/json"} <= set(content)
+    assert {"application/json", "image/png", "image/jpeg"} <= set(operation["responses"]["200"]["content"])
     for code, status in STATUS_OF_CODE.items():
         assert code in operation["responses"][str(status)]["description"]
 
@@ -356,20 +358,20 @@ def test_docs_describe_upload_options_and_errors(client: TestClient) -> None:
 # ---- the event loop
 
 
-def test_inference_does_not_block_the_event_loop(settings: Settings, model_file: Path, png: bytes) -> None:
-    slow = Engine(model_file, "cpu")
-    segment, begun, go_on, running, most = slow.segment, threading.Event(), threading.Event(), [], []
+def test_inference_does_not_block_the_event_loop(client_with: Callable[..., TestClient], png: bytes) -> None:
+    begun, go_on, running, most = threading.Event(), threading.Event(), [], []
 
-    def waiting_segment(*args: Any) -> Any:
-        running.append(1)
-        most.append(len(running))
-        begun.set()
-        assert go_on.wait(60)
-        running.pop()
-        return segment(*args)
+    class Slow(Engine):
+        def run(self, images: Any, plan: Any) -> Any:
+            if plan.scales == (1.0,):  # not the warm-up
+                running.append(1)
+                most.append(len(running))
+                begun.set()
+                assert go_on.wait(60)
+                running.pop()
+            return super().run(images, plan)
 
-    slow.segment = waiting_segment  # type: ignore[method-assign]
-    with TestClient(create_app(settings, slow)) as client, ThreadPoolExecutor(3) as pool:
+    with client_with(lambda path, settings: Slow(path, "cpu")) as client, ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(client.post, "/segment", content=png) for _ in range(3)]
         assert begun.wait(60)
         assert client.get("/healthz").status_code == 200

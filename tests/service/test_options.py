@@ -43,7 +43,7 @@ def test_unknown_option_is_named_and_the_known_ones_listed() -> None:
     error = refusal(("sclaes", "1"))
     assert error.code == "unknown_option"
     assert "'sclaes'" in error.message
-    assert "scales, flip, format" in error.message
+    assert "the options are model, scales, flip, max_side, window" in error.message
 
 
 @pytest.mark.parametrize("name", ["sclaes", ""])

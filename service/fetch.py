@@ -1,0 +1,99 @@
+"""A picture by URL, for services that switch it on: public addresses only, checked where the connection goes.
+
+The host's name is resolved once, every address it has must be public, and the connection is made to the address that
+was checked, so that a name which resolves differently a moment later (DNS rebinding) gains nothing. Redirects are not
+followed. Bytes and time are limited.
+"""
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from service.errors import InputError
+
+_CHUNK = 64 * 1024
+_PORTS = {"http": 80, "https": 443}
+
+Resolver = Callable[[str, int], list[str]]
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a host. Raises OSError where it has none."""
+    return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def is_public(address: str) -> bool:
+    """Whether an address belongs to the public internet; an IPv6 address that carries an IPv4 one counts as that."""
+    parsed: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address):
+        parsed = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo[1] if parsed.teredo else parsed)
+    return parsed.is_global and not parsed.is_multicast
+
+
+def fetch(
+    url: str,
+    *,
+    max_bytes: int,
+    timeout_s: float,
+    resolver: Resolver = resolve,
+    allowed: Callable[[str], bool] = is_public,
+) -> bytes:
+    """The body at an http or https URL. Blocks.
+
+    Raises InputError with code url_refused (the URL itself, or where it leads), url_failed or too_many_bytes.
+    """
+    until = time.monotonic() + timeout_s
+    try:
+        parts = urlsplit(url)
+        host, scheme = parts.hostname, parts.scheme
+        port = parts.port or _PORTS.get(scheme, 0)
+    except ValueError:
+        raise InputError("url_refused", f"{url[:128]!r} is not a URL") from None
+    if scheme not in _PORTS or not host or parts.username is not None or not url.isascii() or " " in url:
+        raise InputError("url_refused", "the URL must be http://HOST/... or https://HOST/..., without a user name")
+    try:
+        addresses = resolver(host, port)
+    except (OSError, UnicodeError):
+        raise InputError("url_failed", f"the host {host[:128]!r} has no address") from None
+    if not addresses or not all(allowed(address) for address in addresses):
+        raise InputError("url_refused", f"the host {host[:128]!r} is not on the public internet")
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    try:
+        with socket.create_connection((addresses[0], port), timeout=max(0.001, until - time.monotonic())) as connection:
+            if scheme == "https":
+                connection = ssl.create_default_context().wrap_socket(connection, server_hostname=host)
+            return _get(connection, parts.netloc, target, max_bytes, until)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = "it took too long" if isinstance(error, TimeoutError) else type(error).__name__
+        raise InputError("url_failed", f"the picture at {url[:128]!r} could not be fetched: {reason}") from None
+
+
+def _get(connection: socket.socket, host: str, target: str, max_bytes: int, until: float) -> bytes:
+    """One GET over a connection that is made already; the time limit holds for the whole of it."""
+    lines = (
+        f"GET {target} HTTP/1.1",
+        f"Host: {host}",
+        "Accept: image/*",
+        "User-Agent: encnet-serve",
+        "Connection: close",
+    )
+    connection.sendall("".join(f"{line}\r\n" for line in (*lines, "")).encode("ascii"))
+    response = http.client.HTTPResponse(connection, method="GET")
+    connection.settimeout(max(0.001, until - time.monotonic()))
+    response.begin()
+    if response.status != 200:
+        raise InputError("url_failed", f"the picture's host answered {response.status}; redirects are not followed")
+    body = bytearray()
+    while chunk := response.read1(_CHUNK):
+        body += chunk
+        if len(body) > max_bytes:
+            raise InputError("too_many_bytes", f"the picture at the URL is larger than the {max_bytes} bytes allowed")
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
+    return bytes(body)

@@ -1,0 +1,117 @@
+"""What the service says about itself: alive, ready, metrics, models, classes."""
+
+import onnxruntime
+from fastapi import APIRouter, Response
+
+from service import __version__
+from service.answers import (
+    ClassEntry,
+    ClassesAnswer,
+    HealthAnswer,
+    HealthModel,
+    ModelEntry,
+    ModelIdentity,
+    ModelsAnswer,
+    StateAnswer,
+)
+from service.engine import Engine
+from service.metrics import CONTENT_TYPE, Metrics
+from service.models import Models
+
+DROWNING = 0.95  # share of the queue's limit from which on a model asks load balancers to send work elsewhere
+
+
+def not_ready(models: Models) -> list[str]:
+    """Why the service should get no new work now; empty where it should."""
+    reasons = ["the service is stopping"] if models.draining else []
+    for served in models.all:
+        if served.pipeline is None:
+            reasons.append(f"model {served.name} is not loaded: {served.reason}")
+        elif served.state != "ready":
+            reasons.append(f"model {served.name} is {served.state}: {served.pipeline.device.reason}".removesuffix(": "))
+        elif served.pipeline.fullness() >= DROWNING:
+            reasons.append(f"the queue of model {served.name} is full")
+    return reasons
+
+
+def not_alive(models: Models) -> list[str]:
+    """Why the process should be restarted; empty where it should not."""
+    return [
+        f"model {served.name} could not be started again: {served.pipeline.device.reason}"
+        for served in models.all
+        if served.pipeline and served.state == "failed"
+    ]
+
+
+def info_router(models: Models, metrics: Metrics) -> APIRouter:
+    """The routes, over these models."""
+    router = APIRouter(tags=["service"])
+
+    @router.get("/livez", summary="Should the process be left alone?", responses={503: {"model": StateAnswer}})
+    async def livez(response: Response) -> StateAnswer:
+        return _state(not_alive(models), response)
+
+    @router.get("/readyz", summary="Should the service get work?", responses={503: {"model": StateAnswer}})
+    async def readyz(response: Response) -> StateAnswer:
+        return _state(not_ready(models), response)
+
+    @router.get("/healthz", summary="Is the service up, and with which model?")
+    async def healthz() -> HealthAnswer:
+        engine = models.pipeline().engine
+        return HealthAnswer(
+            version=__version__,
+            onnxruntime=onnxruntime.__version__,
+            device=engine.device,
+            model=_facts(engine),
+        )
+
+    @router.get("/metrics", summary="Counters for Prometheus", response_class=Response)
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    @router.get("/models", summary="The models in service")
+    async def list_models() -> ModelsAnswer:
+        entries = []
+        for served in models.all:
+            engine = served.pipeline.device.engine if served.pipeline else None
+            entries.append(
+                ModelEntry(
+                    name=served.name,
+                    default=served.name == models.default,
+                    state=served.state,
+                    device=engine.device if engine else None,
+                    model=_facts(engine) if engine else None,
+                )
+            )
+        return ModelsAnswer(models=entries)
+
+    @router.get("/classes", summary="Names, ids and colours of the classes", tags=["segmentation"])
+    async def classes(model: str | None = None) -> ClassesAnswer:
+        engine = models.pipeline(model).engine
+        pairs = zip(engine.metadata.classes, engine.metadata.palette, strict=True)
+        entries = [ClassEntry(id=index, name=name, color=color) for index, (name, color) in enumerate(pairs)]
+        identity = ModelIdentity(name=engine.metadata.name, sha256=engine.sha256)
+        return ClassesAnswer(model=identity, classes=entries)
+
+    return router
+
+
+def _state(reasons: list[str], response: Response) -> StateAnswer:
+    if reasons:
+        response.status_code = 503
+    return StateAnswer(ok=not reasons, reasons=reasons)
+
+
+def _facts(engine: Engine) -> HealthModel:
+    metadata = engine.metadata
+    return HealthModel(
+        name=metadata.name,
+        sha256=engine.sha256,
+        checkpoint_sha256=metadata.checkpoint_sha256,
+        classes=len(metadata.classes),
+        base_size=metadata.base_size,
+        scales=list(metadata.scales),
+        flip=metadata.flip,
+        description=metadata.description,
+        licence=metadata.licence,
+    )

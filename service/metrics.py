@@ -1,0 +1,85 @@
+"""What the service counts, for Prometheus at /metrics."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service import __version__
+from service.models import Models
+from service.pipeline import Pipeline
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Counters of one service; a registry of its own, so that two services in one process do not mix."""
+
+    def __init__(self, models: Models) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "encnet_requests_total",
+            "Requests answered, by route, HTTP status and reason (ok, or the error's code).",
+            ["route", "status", "reason"],
+            registry=self.registry,
+        )
+        self.phases = Histogram(
+            "encnet_phase_seconds",
+            "Seconds of a request by phase: decode, queue, infer, encode, total.",
+            ["phase"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.batches = Histogram(
+            "encnet_batch_size",
+            "Pictures that shared one run.",
+            ["model"],
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=self.registry,
+        )
+        self.departed = Counter(
+            "encnet_departed_total", "Requests whose client left before the answer.", registry=self.registry
+        )
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_State(models))
+
+    def watch(self, name: str, pipeline: Pipeline) -> None:
+        """Count the runs of a model's device."""
+        pipeline.device.on_run = lambda batch, seconds: self.batches.labels(name).observe(batch)
+
+    def text(self) -> bytes:
+        """The exposition format, for CONTENT_TYPE."""
+        return generate_latest(self.registry)
+
+
+class _State(Collector):
+    """Gauges that are read off the models when Prometheus asks."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample for each model and gauge."""
+        ready = GaugeMetricFamily("encnet_ready", "1 where the model takes work.", labels=["model"])
+        pixels = GaugeMetricFamily(
+            "encnet_queue_pixels", "Pixels x views admitted and not yet answered.", labels=["model"]
+        )
+        limit = GaugeMetricFamily("encnet_queue_limit_pixels", "Pixels x views that are admitted at most.")
+        requests = GaugeMetricFamily("encnet_queue_requests", "Requests admitted, not yet answered.", labels=["model"])
+        info = GaugeMetricFamily(
+            "encnet_model_info", "1 for each loaded model.", labels=["model", "name", "sha256", "device", "version"]
+        )
+        limit.add_metric([], self._models.settings.max_queue_pixels)
+        for served in self._models.all:
+            ready.add_metric([served.name], float(served.state == "ready" and not self._models.draining))
+            if served.pipeline is None:
+                continue
+            pixels.add_metric([served.name], served.pipeline.admitted_cost)
+            requests.add_metric([served.name], served.pipeline.admitted_requests)
+            engine = served.pipeline.device.engine
+            if engine is not None:
+                info.add_metric([served.name, engine.metadata.name, engine.sha256, engine.device, __version__], 1)
+        yield from (ready, pixels, limit, requests, info)

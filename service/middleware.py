@@ -1,0 +1,135 @@
+"""Around every request: its id, its key, its bytes, its log line and its count."""
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import logs
+from service.answers import ErrorAnswer, Fault
+from service.errors import InputError, Refusal, ServiceError
+from service.metrics import Metrics
+from service.settings import Settings
+
+OPEN_PATHS = frozenset(("/", "/docs", "/openapi.json", "/livez", "/readyz", "/healthz", "/metrics")) | frozenset(
+    ("/v2/health/live", "/v2/health/ready")
+)
+OPEN_FOLDERS = ("/page/", "/samples")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_QUIET = {"/livez", "/readyz", "/metrics"}  # asked for every few seconds: logged at debug level
+_SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+
+_log = logging.getLogger(__name__)
+
+
+class RequestContext:
+    """Middleware: an id for every request, in every answer and log line; keys; the number of bytes in the house.
+
+    A client's own X-Request-ID is kept where it is at most 128 letters, digits and `._:-`; otherwise one is made.
+    An unforeseen failure is logged and becomes a 500 that names the id.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.keys = [key.get_secret_value().encode() for key in settings.api_keys]
+        self.bytes_limit = settings.max_buffered_bytes
+        self.bytes_held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request.state.reason = "ok"
+        logs.request_id.set(request.state.request_id)
+        started = time.perf_counter()
+        status, held = 0, 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request.state.request_id
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        async def receive_within_limit() -> Message:
+            nonlocal held
+            message = await receive()
+            size = len(message.get("body", b""))
+            if size and self.bytes_held + size > self.bytes_limit:
+                raise Refusal("overloaded", "too many bytes are being received at the same time", 1.0)
+            held += size
+            self.bytes_held += size
+            return message
+
+        try:
+            self._check_key(request)
+            await self.app(scope, receive_within_limit, send_with_headers)
+        except ServiceError as error:
+            if not status:
+                await error_response(request, error)(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            status = status or 499
+        except Exception:
+            _log.exception("the request failed")
+            if not status:
+                text = "the service failed; its log has the reason under this request_id"
+                await fault_response(request, 500, "internal_error", text)(scope, receive, send_with_headers)
+        finally:
+            self.bytes_held -= held
+            self._account(request, scope, status or 499, time.perf_counter() - started)
+
+    def _check_key(self, request: Request) -> None:
+        """Raises InputError where keys are asked for and the request shows none of them."""
+        path = request.url.path
+        if not self.keys or path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or request.method == "OPTIONS":
+            return
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        shown = (token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
+        # Every key is compared, each in constant time, so that the time tells nothing about any of them.
+        if not sum(hmac.compare_digest(shown, key) for key in self.keys):
+            raise InputError("unauthorized", "a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
+
+    def _account(self, request: Request, scope: Scope, status: int, seconds: float) -> None:
+        """One count and one log line; 499 stands for a client that left."""
+        route = getattr(scope.get("route"), "path", "other")
+        reason = "departed" if status == 499 else request.state.reason
+        if status == 499:
+            self.metrics.departed.inc()
+        self.metrics.requests.labels(route, str(status), reason).inc()
+        level = logging.DEBUG if request.url.path in _QUIET else logging.INFO
+        facts = {"method": request.method, "path": request.url.path, "status": status, "reason": reason}
+        if _log.isEnabledFor(level):
+            line = f"{request.method} {request.url.path} {status} {reason} {seconds * 1000:.1f} ms"
+            _log.log(level, line, extra={**facts, "ms": round(seconds * 1000, 2)})
+
+
+def fault_response(
+    request: Request, status: int, code: str, message: str, headers: dict[str, str] | Any = None
+) -> Response:
+    """The body of every error; under /v2 that of the Open Inference Protocol, {"error": message}."""
+    request.state.reason = code
+    if request.url.path == "/v2" or request.url.path.startswith("/v2/"):
+        return JSONResponse({"error": message}, status, headers)
+    body = ErrorAnswer(error=Fault(code=code, message=message, request_id=request.state.request_id))
+    return JSONResponse(body.model_dump(), status, headers)
+
+
+def error_response(request: Request, error: ServiceError) -> Response:
+    """The answer to an error that has a code."""
+    return fault_response(request, error.status, error.code, error.message, error.headers)

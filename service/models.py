@@ -1,0 +1,147 @@
+"""The models in service, by name: load, reload without dropping a request, unload."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from service.engine import Engine
+from service.errors import InputError, Refusal
+from service.pipeline import Pipeline
+from service.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Served:
+    """One model: its file, and the pipeline that runs it; None while it is not loaded."""
+
+    name: str
+    path: Path
+    pipeline: Pipeline | None = None
+    reason: str = "not loaded"
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def state(self) -> Literal["ready", "starting", "restarting", "failed", "closed", "unloaded"]:
+        """The device's state, or `unloaded`."""
+        return self.pipeline.device.state if self.pipeline else "unloaded"
+
+
+class Models:
+    """Every model the service was started with. A request never names a file, only one of these.
+
+    The first is the one that is meant where a request names none. `workers` are the threads that decode and encode, for
+    all models together.
+    """
+
+    def __init__(self, settings: Settings, open_engine: "Callable[[Path, Settings], Engine] | None" = None) -> None:
+        self.settings = settings
+        self._open_engine = open_engine or _open_engine
+        self.on_load: Callable[[str, Pipeline], None] = lambda name, pipeline: None
+        self._draining = False
+        self.workers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="codec")
+        paths = {settings.model.stem: settings.model, **settings.models}
+        self._served = {name: Served(name, path) for name, path in paths.items()}
+        self.default = next(iter(self._served))
+
+    @property
+    def all(self) -> Sequence[Served]:
+        """In the order of the settings."""
+        return list(self._served.values())
+
+    def served(self, name: str | None = None) -> Served:
+        """A model by name, loaded or not. Raises InputError with code unknown_model."""
+        name = self.default if name is None else name
+        if name not in self._served:
+            raise InputError("unknown_model", f"there is no model {name[:64]!r}; there are {', '.join(self._served)}")
+        return self._served[name]
+
+    def pipeline(self, name: str | None = None) -> Pipeline:
+        """The pipeline for new work. Raises InputError with code unknown_model, and Refusal where there is none now."""
+        served = self.served(name)
+        if self._draining:
+            raise Refusal("draining", "the service is stopping", self.settings.grace_seconds)
+        if served.pipeline is None:
+            raise Refusal("starting", f"the model {served.name} is not loaded: {served.reason}", None)
+        return served.pipeline
+
+    def start(self) -> None:
+        """Load every model and wait for it. Raises engine.ModelError for the first that cannot be served."""
+        for served in self.all:
+            served.pipeline = self._make(served)
+        for served in self.all:
+            assert served.pipeline is not None
+            served.pipeline.device.wait_until_started()
+
+    async def load(self, name: str) -> None:
+        """Load a model's file anew. Requests go on with what is loaded until the new one is ready, then finish on it.
+
+        Raises engine.ModelError where the file cannot be served; what was loaded stays.
+        """
+        served = self.served(name)
+        async with served.changing:
+            fresh = self._make(served)
+            try:
+                await asyncio.to_thread(fresh.device.wait_until_started)
+            except Exception:
+                fresh.close()
+                raise
+            old, served.pipeline, served.reason = served.pipeline, fresh, ""
+            self.on_load(name, fresh)
+            _log.info("model %s is loaded from %s", name, served.path)
+            await self._retire(old)
+
+    async def unload(self, name: str) -> None:
+        """Take a model out of service once its requests have been answered."""
+        served = self.served(name)
+        async with served.changing:
+            old, served.pipeline, served.reason = served.pipeline, None, "it was unloaded"
+            await self._retire(old)
+
+    def drain(self) -> None:
+        """From now on, refuse new work; what is in flight goes on."""
+        self._draining = True
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._draining
+
+    @property
+    def in_flight(self) -> int:
+        """Admitted requests that have no answer yet."""
+        return sum(served.pipeline.admitted_requests for served in self.all if served.pipeline)
+
+    def close(self) -> None:
+        """Stop every model."""
+        for served in self.all:
+            if served.pipeline:
+                served.pipeline.close()
+        self.workers.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, served: Served) -> Pipeline:
+        settings = self.settings
+
+        def load() -> Engine:
+            engine = self._open_engine(served.path, settings)
+            engine.warm_up()
+            return engine
+
+        return Pipeline(load, settings, self.workers)
+
+    async def _retire(self, pipeline: Pipeline | None) -> None:
+        if pipeline is None:
+            return
+        while pipeline.admitted_requests:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(pipeline.close)
+
+
+def _open_engine(path: Path, settings: Settings) -> Engine:
+    return Engine(path, settings.device, settings.threads, settings.gpu_memory_limit)

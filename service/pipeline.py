@@ -1,0 +1,224 @@
+"""One model's way from a picture file to a label map: admission, decoding, the device's queue, the answer.
+
+Nothing is queued that has not been decoded completely, nothing is decoded that has not been admitted, and the cost of
+a picture is known from its header before either.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from service.cost import Work
+from service.device import Device, Job
+from service.engine import Engine, Plan, Segmentation
+from service.errors import Refusal
+from service.images import Picture, decode, read_size, reduced_size
+from service.options import Options, chosen_classes
+from service.settings import Settings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A segmented picture. `picture` holds the pixels that were segmented; `timings` maps phases to milliseconds."""
+
+    picture: Picture
+    segmentation: Segmentation
+    work: Work
+    predicted_ms: float
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What admission knows about a request: its work, the seconds of its run, and those before its turn comes."""
+
+    work: Work
+    run_s: float
+    wait_s: float
+
+
+class Pipeline:
+    """Segments pictures with one model, as many at once as admission lets in.
+
+    To be used from one event loop. `workers` decode; the device's thread runs the model.
+    """
+
+    def __init__(self, load: Callable[[], Engine], settings: Settings, workers: ThreadPoolExecutor) -> None:
+        self.settings = settings
+        self.workers = workers
+        self.device = Device(load, settings.max_batch, settings.hang_seconds)
+        self.admitted_cost = 0
+        self.admitted_requests = 0
+        self._unfinished_s = 0.0  # predicted seconds of the runs that are admitted and not over
+
+    @property
+    def engine(self) -> Engine:
+        """The loaded engine. Raises Refusal while there is none."""
+        if self.device.engine is None:
+            raise self.device.refusal()
+        return self.device.engine
+
+    def estimate(self, width: int, height: int, plan: Plan) -> Estimate:
+        """What a picture of width x height pixels would cost now."""
+        work = self.engine.work(width, height, plan)
+        wait = max(0.0, self._unfinished_s - self.device.seconds_of_running)
+        return Estimate(work, self.device.cost_model.predict(work), wait)
+
+    def plan(self, options: Options) -> Plan:
+        """The plan of a request. Raises InputError for a class that the model does not know."""
+        chosen_classes(options, self.engine.metadata.classes)
+        return self.engine.plan(
+            options.scales,
+            options.flip,
+            window=options.window,
+            stride=options.stride,
+            probabilities=options.format == "npz",
+        )
+
+    def price(self, data: bytes, options: Options) -> Estimate:
+        """What segmenting a picture file would cost, from its header alone. Raises InputError and Refusal."""
+        width, height = reduced_size(*self._size(data), options.max_side)
+        return self.estimate(width, height, self.plan(options))
+
+    async def segment(
+        self,
+        source: bytes | np.ndarray,
+        options: Options,
+        *,
+        plan: Plan | None = None,
+        deadline: float | None = None,
+        departed: "asyncio.Future[None] | asyncio.Task[None] | None" = None,
+    ) -> Result:
+        """Segment a picture file, or pixels uint8 (H, W, 3) RGB.
+
+        `plan` is made from the options unless given. `deadline` is on the monotonic clock, by default the options'
+        `timeout_ms` from now. When `departed` is done, the caller has left and the picture is dropped.
+
+        Raises InputError, Refusal, and asyncio.CancelledError for a caller who has left.
+        """
+        timeout_s = (options.timeout_ms or self.settings.timeout_ms) / 1000
+        if deadline is None:
+            deadline = time.monotonic() + timeout_s
+        plan = plan or self.plan(options)
+        if isinstance(source, bytes):
+            width, height = reduced_size(*self._size(source), options.max_side)
+        else:
+            height, width = source.shape[:2]
+        with self._admission(self.estimate(width, height, plan), deadline) as estimate:
+            timings: dict[str, float] = {}
+            if isinstance(source, bytes):
+                work = partial(decode, source, **self._limits(), max_side=options.max_side)
+                picture, waited, timings["decode"] = await in_pool(self.workers, work, deadline)
+            else:
+                picture = Picture(source, "RGB", "array", exif_applied=False, size=(width, height))
+                waited, timings["decode"] = 0.0, 0.0
+            job = Job(picture.pixels, plan, estimate.work, deadline)
+            self.device.submit(job)
+            segmentation, queued_s = await self._outcome(job, departed)
+            timings["queue"] = waited + queued_s * 1000
+            timings["infer"] = segmentation.infer_ms
+            return Result(picture, segmentation, estimate.work, estimate.run_s * 1000, timings)
+
+    def fullness(self) -> float:
+        """Share of the admission limit that is taken, 0..1 and above where one large picture is in."""
+        return self.admitted_cost / self.settings.max_queue_pixels
+
+    def close(self) -> None:
+        """Stop the device; what still waits fails with 503."""
+        self.device.close()
+
+    def _limits(self) -> dict[str, int]:
+        return {"max_bytes": self.settings.max_bytes, "max_pixels": self.settings.max_pixels}
+
+    def _size(self, data: bytes) -> tuple[int, int]:
+        return read_size(data, **self._limits())
+
+    @contextmanager
+    def _admission(self, estimate: Estimate, deadline: float) -> Iterator[Estimate]:
+        """Let a request in, or raise Refusal: over the cost limit, or with no chance to be in time.
+
+        A request that finds nobody before it is always let in, whatever it costs.
+        """
+        if self.device.state != "ready":
+            raise self.device.refusal()
+        left_s = deadline - time.monotonic()
+        limit = self.settings.max_queue_pixels
+        if self.admitted_requests:
+            if self.admitted_cost + estimate.work.cost > limit:
+                surplus = (self.admitted_cost + estimate.work.cost - limit) / max(self.admitted_cost, 1)
+                raise Refusal(
+                    "overloaded",
+                    f"the queue is full: {self.admitted_cost} pixels wait, this request has {estimate.work.cost}, "
+                    f"at most {limit} are let in",
+                    min(surplus, 1) * estimate.wait_s,
+                )
+            late = estimate.wait_s + estimate.run_s - self.settings.deadline_share * left_s
+            if late > 0:
+                raise Refusal(
+                    "overloaded",
+                    f"the queue is too long: about {estimate.wait_s + estimate.run_s:.1f} s, where this request has "
+                    f"{left_s:.1f} s",
+                    late,
+                )
+        self.admitted_requests += 1
+        self.admitted_cost += estimate.work.cost
+        self._unfinished_s += estimate.run_s
+        try:
+            yield estimate
+        finally:
+            self.admitted_requests -= 1
+            self.admitted_cost -= estimate.work.cost
+            self._unfinished_s = self._unfinished_s - estimate.run_s if self.admitted_requests else 0.0
+
+    async def _outcome(
+        self, job: Job, departed: "asyncio.Future[None] | asyncio.Task[None] | None"
+    ) -> tuple[Segmentation, float]:
+        """Wait for the job, its deadline or its caller's leaving, whichever comes first."""
+        done = asyncio.wrap_future(job.done)
+        awaited: set[asyncio.Future[object]] = {done}  # type: ignore[arg-type]
+        if departed is not None:
+            awaited.add(departed)  # type: ignore[arg-type]
+        try:
+            await asyncio.wait(
+                awaited, timeout=max(0.0, job.deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
+            )
+            if done.done():
+                return done.result()
+            if departed is not None and departed.done():
+                raise asyncio.CancelledError
+            raise _too_late()
+        finally:
+            done.cancel()
+
+
+async def in_pool(workers: ThreadPoolExecutor, work: Callable[[], T], deadline: float) -> tuple[T, float, float]:
+    """Run work on a thread of the pool: its result, and for how long it waited and ran, in milliseconds.
+
+    Raises what the work raises, and Refusal where its turn comes too late or memory runs out.
+    """
+    asked = time.perf_counter()
+
+    def timed() -> tuple[T, float, float]:
+        begun = time.perf_counter()
+        if time.monotonic() > deadline:
+            raise _too_late()
+        try:
+            result = work()
+        except MemoryError:
+            raise Refusal("overloaded", "there is no memory for this picture now", 1.0) from None
+        return result, (begun - asked) * 1000, (time.perf_counter() - begun) * 1000
+
+    return await asyncio.get_running_loop().run_in_executor(workers, timed)
+
+
+def _too_late() -> Refusal:
+    return Refusal("deadline_passed", "the request's time was up before its answer was ready; see timeout_ms")

@@ -1,0 +1,119 @@
+"""Serving over HTTP: the listening socket, the banner, and the way to stop without losing a request."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from service import logs
+from service.app import create_app
+from service.models import Models
+from service.settings import Settings
+
+_POLL_SECONDS = 0.05
+
+_log = logging.getLogger(__name__)
+
+
+class CannotListen(Exception):
+    """The address is not to be had; the message is one sentence that says why and what to do."""
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The listening socket, taken before the model is loaded so that a port in use is told at once.
+
+    Raises CannotListen.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise CannotListen(f"cannot listen on {settings.host}: {error.strerror}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise CannotListen(
+            f"cannot listen on {settings.host} port {settings.port}: {(error.strerror or str(error)).lower()}; "
+            "choose another with --port (make serve PORT=...)"
+        ) from None
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains: on the first SIGTERM or Ctrl-C new work gets 503, what is in flight is finished.
+
+    The socket stays open meanwhile, so that load balancers read /readyz and late requests get an answer. A second
+    signal, or the end of the grace period, stops at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, models: Models, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._models = models
+        self._ready = ready
+        self._draining: asyncio.Task[None] | None = None
+        self._reloads: list[asyncio.Task[None]] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then tell the caller."""
+        await super().startup(sockets)
+        if self.started:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+            self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: stop."""
+        if self._models.draining or not self.started:
+            super().handle_exit(sig, frame)
+            return
+        self._models.drain()
+        self._loop.call_soon_threadsafe(self._start_draining)
+
+    def _start_draining(self) -> None:
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        grace = self._models.settings.grace_seconds
+        _log.info("stopping: %d requests in flight, up to %g s for them", self._models.in_flight, grace)
+        until = self._loop.time() + grace
+        while self._models.in_flight and self._loop.time() < until:
+            await asyncio.sleep(_POLL_SECONDS)
+        self.should_exit = True
+
+    def _reload(self) -> None:
+        self._reloads = [asyncio.create_task(self._reload_one(served.name)) for served in self._models.all]
+
+    async def _reload_one(self, name: str) -> None:
+        try:
+            await self._models.load(name)
+        except Exception as error:  # a broken file must not take a working service down
+            _log.error("model %s is not loaded anew, the old one stays: %s", name, error)
+
+
+def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], None]) -> None:
+    """Serve until told to stop; `ready` is called once requests are answered. Raises engine.ModelError."""
+    logs.set_up(settings.log_format, settings.log_level)
+    models = Models(settings)
+    models.start()
+    config = uvicorn.Config(
+        create_app(models=models),
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
+        server_header=False,
+        lifespan="off",
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        Server(config, models, lambda: ready(models)).run(sockets=[listener])
+    finally:
+        models.close()
