@@ -15,7 +15,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -64,6 +64,13 @@ OPTIONS = ("scales", "flip", "max_side", "window", "stride", "timeout_ms")
 
 MAX_JSON_BYTES = 16 * 2**20  # JSON is parsed with Python's lock held, so that it must not last
 _OVERHEAD = 64 * 1024  # JSON beside the largest binary tensor, in bytes
+_PHASES = {  # of a request here -> the protocol's words
+    "total": "success",
+    "queue": "queue",
+    "decode": "compute_input",
+    "infer": "compute_infer",
+    "encode": "compute_output",
+}
 _STATES = {"ready": "READY", "starting": "LOADING", "restarting": "LOADING"}
 _LEVELS = (("log_errors", logging.ERROR), ("log_warnings", logging.WARNING), ("log_info", logging.INFO))
 
@@ -111,23 +118,23 @@ class Statistics:
     last_inference: int = 0
     inferences: int = 0
     runs: float = 0.0
-    phases: dict[str, list[int]] = field(
-        default_factory=lambda: {
-            phase: [0, 0] for phase in ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
-        }
-    )
+    phases: dict[str, list[int]] = field(default_factory=lambda: {name: [0, 0] for name in ("fail", *_PHASES.values())})
 
-    def add(self, **seconds: float) -> None:
-        """Count one duration for each phase named."""
-        for phase, duration in seconds.items():
-            self.phases[phase][0] += 1
-            self.phases[phase][1] += round(duration * 1e9)
+    def add_failure(self, milliseconds: float) -> None:
+        """Count a request that ended in an error."""
+        self._add("fail", milliseconds)
 
-    def count(self, results: list[Result]) -> None:
-        """Count the pictures of a request that succeeded; a run that pictures shared is counted once in all."""
+    def add_success(self, milliseconds: dict[str, float], batches: list[int]) -> None:
+        """Count a request by its phases; `batches` has, for each picture, how many pictures shared its run."""
         self.last_inference = round(time.time() * 1000)
-        self.inferences += len(results)
-        self.runs += sum(1 / result.segmentation.batch for result in results)
+        self.inferences += len(batches)
+        self.runs += sum(1 / batch for batch in batches)
+        for phase, name in _PHASES.items():
+            self._add(name, milliseconds[phase])
+
+    def _add(self, name: str, milliseconds: float) -> None:
+        self.phases[name][0] += 1
+        self.phases[name][1] += round(milliseconds * 1e6)
 
     def answer(self, name: str) -> dict[str, Any]:
         """The protocol's words for it. Executions are not told apart by batch size."""
@@ -161,8 +168,13 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         encoded = {served.name + ENCODED: Face(served.name + ENCODED, served, True) for served in models.all}
         return encoded | {served.name: Face(served.name, served, False) for served in models.all}
 
-    def ready(served: Served) -> bool:
-        return served.state == "ready" and not models.draining
+    def why_not(served: Served) -> str:
+        """Why a model takes no work now; empty where it does."""
+        if models.draining:
+            return "the service is stopping"
+        if served.pipeline is None:
+            return served.reason
+        return "" if served.state == "ready" else served.pipeline.device.reason or f"it is {served.state}"
 
     def check_control() -> None:
         if not settings.remote_control:
@@ -217,10 +229,9 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
     @router.get("/models/{name}/versions/{version}/ready")
     async def model_ready(name: str, version: str | None = None) -> Response:
         served = face(name, version).served
-        if ready(served):
-            return JSONResponse({"name": name, "ready": True})
-        why = "the service is stopping" if models.draining else served.reason or f"it is {served.state}"
-        return JSONResponse({"error": f"model {name} is not ready: {why}"}, 503)
+        if reason := why_not(served):
+            return JSONResponse({"error": f"model {name} is not ready: {reason}"}, 503)
+        return JSONResponse({"name": name, "ready": True})
 
     @router.get("/models/{name}/config")
     @router.get("/models/{name}/versions/{version}/config")
@@ -236,10 +247,10 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
                 "name": one.name,
                 "version": VERSION,
                 "state": _STATES.get(one.served.state, "UNAVAILABLE"),
-                "reason": one.served.reason,
+                "reason": why_not(one.served),
             }
             for one in faces().values()
-            if ready(one.served) or only_ready is not True
+            if only_ready is not True or not why_not(one.served)
         ]
 
     @router.post("/repository/models/{name}/load")
@@ -276,40 +287,27 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         try:
             return await answered(one, request, counted, started)
         except ServiceError:
-            counted.add(fail=time.perf_counter() - started)
+            counted.add_failure((time.perf_counter() - started) * 1000)
             raise
 
     async def answered(one: Face, request: Request, counted: Statistics, started: float) -> Response:
+        models.pipeline(one.served.name)  # raises before a body is read in vain
         arrived = time.monotonic()
         limit = max(settings.max_bytes, 3 * settings.max_pixels) + _OVERHEAD
         too_long = InputError("too_many_bytes", f"the body is larger than the {limit} bytes allowed")
         body = await within(request, limit, too_long).body()
-        longest = arrived + settings.max_timeout_ms / 1000
         read = partial(_read, one, body, request.headers, limit)
-        infer_request, _, read_ms = await in_pool(models.workers, read, longest)
+        infer_request, _, read_ms = await in_pool(models.workers, read, arrived + settings.max_timeout_ms / 1000)
         options = _options(infer_request, one, settings)
         deadline = arrived + (options.timeout_ms or settings.timeout_ms) / 1000
-        outputs = _asked_for(infer_request, outputs_of(pipeline.engine), one.name)
-        plan = replace(pipeline.plan(options), probabilities=any(asked.name == "probabilities" for asked in outputs))
         pictures = _pictures(infer_request.inputs["image"], settings)
-        turns = asyncio.Semaphore(SIDE_BY_SIDE)
-
-        async def segmented(index: int, picture: bytes | np.ndarray) -> Result:
-            async with turns:
-                try:
-                    return await pipeline.segment(picture, options, plan=plan, deadline=deadline, departed=departed)
-                except ServiceError as error:
-                    if len(pictures) > 1:
-                        error.message = f"image[{index}]: {error.message}"
-                    raise
-
-        async with departure(request) as departed:
-            tasks = [asyncio.create_task(segmented(*numbered)) for numbered in enumerate(pictures)]
-            try:
-                results = await asyncio.gather(*tasks)
-            finally:  # one that failed leaves the others without a use
-                for task in tasks:
-                    task.cancel()
+        with models.hold(one.served.name) as pipeline:
+            outputs = _asked_for(infer_request, outputs_of(pipeline.engine), one.name)
+            wanted = any(asked.name == "probabilities" for asked in outputs)
+            plan = replace(pipeline.plan(options), probabilities=wanted)
+            async with departure(request) as departed:
+                segment = partial(pipeline.segment, options=options, plan=plan, deadline=deadline, departed=departed)
+                results = await _one_for_each(pictures, segment)
         head = {"model_name": one.name, "model_version": VERSION}
         if infer_request.id is not None:
             head["id"] = infer_request.id
@@ -325,9 +323,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         }
         for phase, duration in milliseconds.items():
             metrics.phases.labels(phase).observe(duration / 1000)
-        names = ("compute_input", "queue", "compute_infer", "compute_output", "success")
-        counted.add(**{name: ms / 1000 for name, ms in zip(names, milliseconds.values(), strict=True)})
-        counted.count(results)
+        counted.add_success(milliseconds, [result.segmentation.batch for result in results])
         return _response(answer, header_length, encoding)
 
     # ---- logging, tracing, shared memory
@@ -474,6 +470,27 @@ def _pictures(image: InputTensor, settings: Settings) -> list[Any]:
                 "allowed",
             )
     return list(image.array)
+
+
+async def _one_for_each(
+    pictures: list[Any], segment: Callable[[bytes | np.ndarray], Coroutine[Any, Any, Result]]
+) -> list[Result]:
+    """Segment the pictures of a request, a few at a time. Where one fails, so does the request, and names it."""
+    turns = asyncio.Semaphore(SIDE_BY_SIDE)
+
+    async def one(index: int, picture: bytes | np.ndarray) -> Result:
+        async with turns:
+            try:
+                return await segment(picture)
+            except InputError as error:
+                raise InputError(error.code, f"image[{index}]: {error.message}") from None
+
+    tasks = [asyncio.create_task(one(index, picture)) for index, picture in enumerate(pictures)]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:  # once one has failed, the others are of no use
+        for task in tasks:
+            task.cancel()
 
 
 def _write(

@@ -23,6 +23,7 @@ import tritonclient.http.aio as triton_aio
 import uvicorn
 from onnx import helper
 from PIL import Image
+from pydantic import SecretStr
 from starlette.testclient import TestClient
 from tiny_model import CLASSES, METADATA, encoded, tiny_model
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
@@ -468,6 +469,33 @@ def test_every_error_under_v2_is_an_error_string(address: str, method: str, path
     assert isinstance(response.json()["error"], str)
 
 
+def test_mutated_requests_never_break_the_service(address: str, batch: np.ndarray) -> None:
+    random = np.random.default_rng(11)
+    requests = [
+        triton.InferenceServerClient.generate_request_body([tensor("image", batch[:1])], request_id="x"),
+        triton.InferenceServerClient.generate_request_body([tensor("image", files(encoded(batch[0])))]),
+        triton.InferenceServerClient.generate_request_body(
+            [tensor("image", batch[:1, :4, :4], False), tensor("scales", np.ones(2, np.float32), False)]
+        ),
+    ]
+    statuses = set()
+    with httpx.Client(timeout=60) as client:
+        for turn in range(90):
+            body, length = requests[turn % 3]
+            mutated = bytearray(body)
+            for _ in range(random.integers(1, 6)):
+                mutated[random.integers(len(mutated) if turn % 2 else min(len(mutated), 250))] = random.integers(256)
+            if turn % 5 == 0:
+                mutated = mutated[: random.integers(len(mutated))]
+            model = "tiny_encoded" if turn % 3 == 1 else "tiny"
+            headers = {"Inference-Header-Content-Length": str(length)} if length else {}
+            response = client.post(f"http://{address}/v2/models/{model}/infer", content=bytes(mutated), headers=headers)
+            statuses.add(response.status_code)
+            if response.status_code != 200:
+                assert list(response.json()) == ["error"]
+    assert {200, 400} <= statuses <= {200, 400, 413, 415, 422}
+
+
 def test_bodies_beyond_the_limit_are_413(address: str) -> None:
     url = f"http://{address}/v2/models/tiny/infer"
     large = bytes(3 * 100_000 + 70_000)
@@ -547,18 +575,38 @@ def test_no_request_is_lost_while_a_model_is_loaded_anew(address: str, batch: np
         assert set(answers) == {(1, 33, 47)}
 
 
-def test_control_is_off_unless_switched_on(settings: Settings) -> None:
-    models = Models(settings)
-    models.start()
-    client = TestClient(create_app(models=models), raise_server_exceptions=False)
-    (name,) = {served.name for served in models.all}
+def test_control_is_off_unless_switched_on(client_with: Callable[..., TestClient]) -> None:
+    client = client_with()
+    models = client.app.state.models
+    name = models.default
     for path in (f"repository/models/{name}/load", f"repository/models/{name}/unload", "logging"):
         response = client.post(f"/v2/{path}", content=b'{"log_info": false}')
         assert response.status_code == 403
         assert "ENCNET_REMOTE_CONTROL" in response.json()["error"]
     assert client.get(f"/v2/models/{name}/ready").status_code == 200
-    models.drain()
-    assert client.get(f"/v2/models/{name}/ready").status_code == 503
-    assert client.get("/v2/health/ready").status_code == 503
-    assert client.get("/v2/health/live").status_code == 200
-    models.close()
+    assert client.post("/v2/repository/index", content=b'{"ready": true}').json()[0]["name"] == f"{name}_encoded"
+
+
+def test_a_service_that_is_stopping_says_so(client_with: Callable[..., TestClient], batch: np.ndarray) -> None:
+    client = client_with()
+    name = client.app.state.models.default
+    client.app.state.models.drain()
+    for path in ("health/ready", f"models/{name}", f"models/{name}/ready"):
+        response = client.get(f"/v2/{path}")
+        assert response.status_code == 503
+        assert "stopping" in response.json()["error"]
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.post("/v2/repository/index", content=b'{"ready": true}').json() == []
+    body, length = triton.InferenceServerClient.generate_request_body([tensor("image", batch)])
+    headers = {"Inference-Header-Content-Length": str(length)}
+    response = client.post(f"/v2/models/{name}/infer", content=body, headers=headers)
+    assert response.status_code == 503
+    assert "stopping" in response.json()["error"]
+
+
+def test_keys_guard_the_protocol_but_not_its_health(client_with: Callable[..., TestClient]) -> None:
+    client = client_with(api_keys=(SecretStr("secret"),))
+    assert client.get("/v2/health/ready").status_code == 200
+    assert client.get("/v2").status_code == 401
+    assert list(client.get("/v2").json()) == ["error"]
+    assert client.get("/v2", headers={"X-API-Key": "secret"}).status_code == 200
