@@ -34,7 +34,7 @@ RETRY_SECONDS = 5.0  # told to callers while a restart is under way
 _log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One picture on its way: uint8 (H, W, 3), its plan, its work, and when it is of no use any more (monotonic)."""
 
