@@ -185,7 +185,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
     # ---- the server
 
     @router.get("")
-    @router.get("/", include_in_schema=False)
+    @router.get("/")
     async def server_metadata() -> dict[str, Any]:
         return {"name": "encnet-serve", "version": __version__, "extensions": list(EXTENSIONS)}
 
@@ -241,7 +241,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
 
     @router.post("/repository/index")
     async def repository_index(request: Request) -> list[dict[str, str]]:
-        only_ready = (await _json_body(request, settings)).get("ready", False)
+        only_ready = (await _json_body(request)).get("ready", False)
         return [
             {
                 "name": one.name,
@@ -257,7 +257,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
     async def load(name: str, request: Request) -> dict[str, Any]:
         one = face(name)
         check_control()
-        if (await _json_body(request, settings)).get("parameters"):
+        if (await _json_body(request)).get("parameters"):
             raise InputError(
                 "not_implemented", "a model is loaded from the file it was configured with; send no parameters"
             )
@@ -272,7 +272,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
     async def unload(name: str, request: Request) -> dict[str, Any]:
         one = face(name)
         check_control()
-        await _json_body(request, settings)
+        await _json_body(request)
         await models.unload(one.served.name)
         return {}
 
@@ -334,7 +334,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
 
     @router.post("/logging")
     async def change_logging_settings(request: Request) -> dict[str, Any]:
-        wanted = await _json_body(request, settings)
+        wanted = await _json_body(request)
         if wanted:
             check_control()
             logging.getLogger().setLevel(_level({**_logging_settings(settings), **wanted}, settings))
@@ -345,7 +345,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
     async def trace_settings(request: Request, name: str | None = None) -> dict[str, Any]:
         if name is not None:
             face(name)
-        wanted = await _json_body(request, settings)
+        wanted = await _json_body(request)
         if wanted.get("trace_level", ["OFF"]) not in (["OFF"], "OFF", None) or wanted.keys() - {"trace_level"}:
             raise InputError("not_implemented", "tracing over the protocol is not supported; trace_level stays OFF")
         return {"trace_level": ["OFF"]}
@@ -394,7 +394,7 @@ def _config(one: Face, engine: Engine) -> dict[str, Any]:
     }
 
 
-async def _json_body(request: Request, settings: Settings) -> dict[str, Any]:
+async def _json_body(request: Request) -> dict[str, Any]:
     """A small JSON object; an empty body counts as an empty one. Raises InputError."""
     too_long = InputError("too_many_bytes", f"the body is larger than the {_OVERHEAD} bytes allowed here")
     body = await within(request, _OVERHEAD, too_long).body()
