@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import warnings
 from collections import Counter
@@ -59,8 +60,14 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. Default: 8000.")] = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Run the server in a process of its own, and start another if it dies.")
+    ] = False,
+    listen_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve a model over HTTP.
+
+    SIGTERM and Ctrl-C finish what is in flight, while new work gets 503; SIGHUP loads the model files anew.
 
     Examples:
 
@@ -69,13 +76,19 @@ def serve(
         python -m service serve --model my.onnx --port 9000
 
         ENCNET_MAX_PIXELS=4000000 python -m service serve --host 0.0.0.0
+
+        ENCNET_MODELS=night=night.onnx ENCNET_LOG_FORMAT=json python -m service serve --supervise
     """
-    from service import server
+    from service import logs, server, supervisor
 
     settings = _settings(model=model, host=host, port=port, device=device, threads=threads)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again once it has shut down
     try:
-        with server.listen(settings) as listener:
+        with server.listen(settings) if listen_fd is None else socket.socket(fileno=listen_fd) as listener:
+            if supervise:
+                logs.set_up(settings.log_format, settings.log_level)
+                command = [sys.executable, "-m", "service", *(word for word in sys.argv[1:] if word != "--supervise")]
+                raise typer.Exit(supervisor.supervise(command, listener))
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again at its end
             server.run(settings, listener, lambda models: typer.echo(_ready_text(models, listener.getsockname()[1])))
     except (server.CannotListen, ModelError) as error:
         _fail(str(error))

@@ -11,8 +11,11 @@ import uvicorn
 
 from service import logs
 from service.app import create_app
+from service.info_routes import not_alive
 from service.models import Models
 from service.settings import Settings
+
+DIED = 70  # exit code of a server whose model could not be started again
 
 _POLL_SECONDS = 0.05
 
@@ -60,6 +63,7 @@ class Server(uvicorn.Server):
         self._models = models
         self._ready = ready
         self._draining: asyncio.Task[None] | None = None
+        self.died = False
         self._reloads: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -69,6 +73,13 @@ class Server(uvicorn.Server):
             self._loop = asyncio.get_running_loop()
             self._loop.add_signal_handler(signal.SIGHUP, self._reload)
             self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Stop when a model has died for good; called by uvicorn ten times a second."""
+        if not self.died and not_alive(self._models):
+            _log.error("stopping: %s", "; ".join(not_alive(self._models)))
+            self.died = self.should_exit = True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: stop."""
@@ -100,7 +111,11 @@ class Server(uvicorn.Server):
 
 
 def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], None]) -> None:
-    """Serve until told to stop; `ready` is called once requests are answered. Raises engine.ModelError."""
+    """Serve until told to stop; `ready` is called once requests are answered.
+
+    Raises engine.ModelError where a model cannot be served at the start, and SystemExit where one has died for good:
+    another process may do better.
+    """
     logs.set_up(settings.log_format, settings.log_level)
     models = Models(settings)
     models.start()
@@ -113,7 +128,10 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
         lifespan="off",
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    server = Server(config, models, lambda: ready(models))
     try:
-        Server(config, models, lambda: ready(models)).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
         models.close()
+    if server.died:
+        raise SystemExit(DIED)

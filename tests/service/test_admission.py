@@ -1,0 +1,261 @@
+"""Promise: work is let in by its cost, refused with a time to come back, done in time or not at all."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+from tiny_model import encoded
+
+from service.cost import CostModel, Work, work_of
+from service.engine import Engine
+from service.errors import InputError, Refusal
+from service.options import Options
+from service.pipeline import Pipeline
+from service.settings import Settings
+
+WAIT = 60
+GREY = np.full((20, 30, 3), 128, np.uint8)
+
+
+class Gated(Engine):
+    """An engine whose runs wait for a gate; warm-ups pass."""
+
+    gate: threading.Event
+    runs = 0
+
+    def run(self, images: Any, plan: Any) -> Any:
+        if plan.scales == (1.0,):
+            self.runs += 1
+            assert self.gate.wait(WAIT)
+        return super().run(images, plan)
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def pipeline(settings: Settings, gate: threading.Event) -> Iterator[Callable[..., Pipeline]]:
+    made = []
+    workers = ThreadPoolExecutor(2)
+
+    def make(**changes: Any) -> Pipeline:
+        def load() -> Engine:
+            engine = Gated(settings.model, "cpu", 1)
+            engine.gate = gate
+            return engine
+
+        made.append(Pipeline(load, settings.model_copy(update=changes), workers))
+        made[-1].device.wait_until_started()
+        return made[-1]
+
+    yield make
+    gate.set()
+    for one in made:
+        one.close()
+    workers.shutdown()
+
+
+def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    return asyncio.run(asyncio.wait_for(main(), WAIT))
+
+
+async def started(pipeline: Pipeline, source: Any = GREY, **options: Any) -> "asyncio.Task[Any]":
+    """A segmentation under way: admitted, and its picture handed to the device."""
+    before = pipeline.admitted_requests
+    task = asyncio.create_task(pipeline.segment(source, Options.model_construct(**options)))
+    while pipeline.admitted_requests == before and not task.done():
+        await asyncio.sleep(0.005)
+    return task
+
+
+async def refusal_of(awaitable: Awaitable[Any]) -> Refusal:
+    with pytest.raises(Refusal) as refused:
+        await awaitable
+    return refused.value
+
+
+# ---- cost
+
+
+def test_cost_counts_every_view_at_the_networks_and_the_pictures_size() -> None:
+    one = work_of(200, 100, 480, (1.0,), False)
+    assert one == Work(480 * 240, 200 * 100)
+    assert work_of(200, 100, 480, (1.0,), True) == Work(2 * 480 * 240, 2 * 200 * 100)
+    assert work_of(100, 200, 480, (0.5, 1.0), False) == Work(240 * 120 + 480 * 240, 2 * 200 * 100)
+    assert work_of(1, 5000, 480, (1.0,), False) == Work(480, 5000)
+
+
+def test_cost_counts_every_window() -> None:
+    assert work_of(250, 100, 480, (1.0,), False, 100, 50) == Work(4 * 480 * 480, 4 * 100 * 100)
+    assert work_of(90, 90, 480, (1.0,), False, 100, 50) == work_of(90, 90, 480, (1.0,), False)
+
+
+def test_the_cost_model_learns_both_rates_and_follows_a_change() -> None:
+    model, random = CostModel(), np.random.default_rng(0)
+    works = [Work(int(network), int(merged)) for network, merged in random.integers(10_000, 5_000_000, (300, 2))]
+    for work in works:
+        model.observe(work, 2e-6 * work.network + 3e-8 * work.merged)
+    assert model.predict(Work(1_000_000, 0)) == pytest.approx(2.0, rel=1e-3)
+    assert model.predict(Work(0, 10_000_000)) == pytest.approx(0.3, rel=1e-2)
+    for work in works:
+        model.observe(work, 1e-6 * work.network)
+    assert model.predict(Work(1_000_000, 0)) == pytest.approx(1.0, rel=0.02)
+
+
+def test_one_kind_of_picture_is_enough_to_predict_it() -> None:
+    model = CostModel()
+    for _ in range(20):
+        model.observe(Work(172_800, 172_800), 0.17)
+    assert model.predict(Work(172_800, 172_800)) == pytest.approx(0.17, rel=0.01)
+    assert model.predict(Work(0, 0)) == 0
+
+
+# ---- admission
+
+
+def test_a_full_queue_refuses_with_the_time_until_there_is_room(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        served = pipeline(max_queue_pixels=served_cost * 2)
+        first, second = await started(served), await started(served)
+        refused = await refusal_of(served.segment(GREY, Options()))
+        assert (refused.code, refused.status) == ("overloaded", 429)
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert str(served_cost) in refused.message
+        gate.set()
+        await asyncio.gather(first, second)
+        await served.segment(GREY, Options())
+        assert served.admitted_requests == served.admitted_cost == 0
+
+    served_cost = pipeline().estimate(30, 20, pipeline().engine.plan()).work.cost
+    run(main)
+
+
+def test_an_empty_house_lets_in_whatever_it_costs(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    gate.set()
+    run(lambda: pipeline(max_queue_pixels=1).segment(GREY, Options()))
+
+
+def test_who_cannot_be_in_time_is_refused_at_once(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        served = pipeline()
+        for _ in range(50):
+            served.device.cost_model.observe(served.engine.work(30, 20, served.engine.plan()), 4.0)
+        first = await started(served, timeout_ms=60_000)
+        refused = await refusal_of(served.segment(GREY, Options.model_construct(timeout_ms=5_000)))
+        assert refused.code == "overloaded"
+        assert 1 <= int(refused.headers["Retry-After"]) <= 8
+        patient = await started(served, timeout_ms=60_000)
+        gate.set()
+        await asyncio.gather(first, patient)
+
+    run(main)
+
+
+def test_the_deadline_ends_a_request_that_runs(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        served = pipeline()
+        refused = await refusal_of(served.segment(GREY, Options.model_construct(timeout_ms=50)))
+        assert (refused.code, refused.status) == ("deadline_passed", 504)
+        assert served.admitted_requests == 0
+
+    run(main)
+
+
+def test_a_departed_clients_picture_is_not_run(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        served = pipeline()
+        first = await started(served)
+        while served.engine.runs == 0:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.005)
+        departed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = asyncio.create_task(served.segment(GREY, Options(), departed=departed))
+        while served.admitted_requests < 2:
+            await asyncio.sleep(0.005)
+        departed.set_result(None)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert served.admitted_requests == 1
+        gate.set()
+        await first
+        await served.segment(GREY, Options())
+        assert served.engine.runs == 2  # type: ignore[attr-defined]
+
+    run(main)
+
+
+def test_a_bad_picture_is_told_before_it_is_queued(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        served = pipeline()
+        first = await started(served)
+        cut = encoded(GREY)[:-30]
+        with pytest.raises(InputError):
+            await served.segment(cut, Options())
+        assert served.admitted_requests == 1
+        gate.set()
+        await first
+
+    run(main)
+
+
+# ---- over HTTP
+
+
+def test_dry_run_tells_what_a_request_would_cost(client: TestClient, engine: Engine) -> None:
+    picture = encoded(GREY)
+    answer = client.post("/segment?dry_run=true&scales=0.5,1&flip=true", content=picture)
+    expected = work_of(30, 20, engine.metadata.base_size, (0.5, 1.0), True).cost
+    assert answer.json()["pixels"] == expected == int(answer.headers["x-cost-pixels"])
+    assert answer.json()["wait_ms"] == 0
+    assert answer.json()["predicted_ms"] > 0
+    done = client.post("/segment?scales=0.5,1&flip=true", content=picture)
+    assert int(done.headers["x-cost-pixels"]) == expected
+    assert float(done.headers["x-predicted-ms"]) > 0
+    assert "encnet_phase_seconds_count" in client.get("/metrics").text
+
+
+def test_overload_over_http_is_429_with_retry_after(
+    client_with: Callable[..., TestClient], gate: threading.Event
+) -> None:
+    def open_engine(path: Path, settings: Settings) -> Engine:
+        engine = Gated(path, "cpu", 1)
+        engine.gate = gate
+        return engine
+
+    with client_with(open_engine, max_queue_pixels=5_000) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/segment", content=encoded(GREY))
+        until(lambda: 'encnet_queue_requests{model="tiny"} 1.0' in client.get("/metrics").text)
+        refused = client.post("/segment", content=encoded(GREY))
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "overloaded"
+        late = client.post("/segment?timeout_ms=1", content=encoded(GREY))
+        assert late.status_code in (429, 504)
+        gate.set()
+        assert first.result(WAIT).status_code == 200
+
+
+def test_bytes_in_the_house_are_bounded(client_with: Callable[..., TestClient]) -> None:
+    picture = encoded(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    client = client_with(max_buffered_bytes=len(picture) - 1)
+    refused = client.post("/segment", content=picture)
+    assert refused.status_code == 429
+    assert "retry-after" in refused.headers
+    assert client.post("/segment", content=encoded(GREY)).status_code == 200, "what was held has been given back"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)

@@ -1,0 +1,205 @@
+"""Promise: operators can see, log, lock and reload the service."""
+
+import io
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from pydantic import SecretStr
+from starlette.testclient import TestClient
+from tiny_model import METADATA, encoded, tiny_model
+
+from service import logs
+from service.app import create_app
+from service.models import Models
+from service.settings import Settings
+
+
+@pytest.fixture
+def png(quadrants: np.ndarray) -> bytes:
+    return encoded(quadrants)
+
+
+@pytest.fixture
+def other_model(tmp_path: Path) -> Path:
+    model = tiny_model()
+    helper.set_model_props(model, METADATA | {"name": "encnet-other"})
+    onnx.save(model, tmp_path / "other.onnx")
+    return tmp_path / "other.onnx"
+
+
+# ---- alive, ready, counted
+
+
+def test_livez_and_readyz(client: TestClient) -> None:
+    assert client.get("/livez").json() == {"ok": True, "reasons": []}
+    assert client.get("/readyz").json() == {"ok": True, "reasons": []}
+
+
+def test_draining_is_not_ready_but_alive_and_refuses_work(client: TestClient, png: bytes) -> None:
+    client.app.state.models.drain()  # type: ignore[attr-defined]
+    assert client.get("/livez").status_code == 200
+    ready = client.get("/readyz")
+    assert ready.status_code == 503
+    assert ready.json()["reasons"] == ["the service is stopping"]
+    refused = client.post("/segment", content=png)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "draining"
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_a_model_that_cannot_come_back_is_neither_ready_nor_alive(client: TestClient, png: bytes) -> None:
+    served = client.app.state.models.served()  # type: ignore[attr-defined]
+    served.pipeline.device.state = "failed"
+    served.pipeline.device.reason = "no device"
+    assert client.get("/livez").status_code == 503
+    assert client.get("/readyz").status_code == 503
+    assert client.post("/segment", content=png).json()["error"]["code"] == "device_failed"
+
+
+def test_metrics_count_requests_by_outcome_and_reason(client: TestClient, png: bytes) -> None:
+    client.post("/segment", content=png)
+    client.post("/segment", content=png[:40])
+    client.post("/segment", content=b"hello")
+    client.get("/nowhere")
+    text = client.get("/metrics").text
+    for line in (
+        'encnet_requests_total{reason="ok",route="/segment",status="200"} 1.0',
+        'encnet_requests_total{reason="truncated",route="/segment",status="400"} 1.0',
+        'encnet_requests_total{reason="not_an_image",route="/segment",status="415"} 1.0',
+        'encnet_requests_total{reason="not_found",route="other",status="404"} 1.0',
+        'encnet_ready{model="tiny"} 1.0',
+        'encnet_queue_pixels{model="tiny"} 0.0',
+        'encnet_batch_size_count{model="tiny"} 1.0',
+        'encnet_phase_seconds_count{phase="infer"} 1.0',
+    ):
+        assert line in text
+    assert 'name="encnet-tiny"' in text
+
+
+# ---- keys, origins, headers
+
+
+def test_a_key_is_asked_for_where_keys_are_set(client_with: Callable[..., TestClient], png: bytes) -> None:
+    client = client_with(api_keys=(SecretStr("first"), SecretStr("second")))
+    refused = client.post("/segment", content=png)
+    assert refused.status_code == 401
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert refused.json()["error"]["code"] == "unauthorized"
+    for headers in ({"Authorization": "Bearer wrong"}, {"X-API-Key": "firs"}, {"Authorization": "Basic first"}):
+        assert client.post("/segment", content=png, headers=headers).status_code == 401
+    for headers in ({"Authorization": "Bearer first"}, {"X-API-Key": "second"}, {"Authorization": "bearer second"}):
+        assert client.post("/segment", content=png, headers=headers).status_code == 200
+    assert client.get("/models").status_code == 401
+    assert client.get("/readyz").status_code == client.get("/metrics").status_code == 200
+
+
+def test_other_origins_may_call_only_where_they_are_named(client_with: Callable[..., TestClient]) -> None:
+    asking = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in client_with().options("/segment", headers=asking).headers
+    named = client_with(cors_origins=("https://a.example",))
+    assert named.options("/segment", headers=asking).headers["access-control-allow-origin"] == "https://a.example"
+    asking["Origin"] = "https://b.example"
+    assert "access-control-allow-origin" not in named.options("/segment", headers=asking).headers
+
+
+def test_security_headers_are_on_every_answer(client: TestClient) -> None:
+    for answer in (client.get("/models"), client.get("/nowhere"), client.post("/segment", content=b"x")):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
+
+
+# ---- log lines
+
+
+def test_json_log_lines_carry_the_request_and_its_id(client: TestClient, png: bytes) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logs.JsonFormatter())
+    handler.addFilter(logs.WithRequestId())
+    logger = logging.getLogger("service.middleware")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        client.post("/segment?scales=0.5", content=png, headers={"X-Request-ID": "mine-1"})
+        client.post("/segment", content=b"secret bytes", headers={"Authorization": "Bearer secret key"})
+    finally:
+        logger.removeHandler(handler)
+    first, second = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert first["request_id"] == "mine-1"
+    assert (first["method"], first["path"], first["status"], first["reason"]) == ("POST", "/segment", 200, "ok")
+    assert first["ms"] > 0
+    assert second["status"] == 415
+    assert "secret" not in stream.getvalue()
+
+
+# ---- several models
+
+
+def test_models_are_chosen_by_name(
+    client_with: Callable[..., TestClient], other_model: Path, png: bytes, model_file: Path
+) -> None:
+    client = client_with(models={"night": other_model})
+    listed = client.get("/models").json()["models"]
+    assert [(entry["name"], entry["default"], entry["state"]) for entry in listed] == [
+        ("tiny", True, "ready"),
+        ("night", False, "ready"),
+    ]
+    assert client.post("/segment", content=png).json()["model"]["name"] == "encnet-tiny"
+    assert client.post("/segment?model=night", content=png).json()["model"]["name"] == "encnet-other"
+    assert client.get("/classes?model=night").json()["model"]["name"] == "encnet-other"
+    refused = client.post("/segment?model=../etc/passwd", content=png)
+    assert refused.status_code == 404
+    assert "tiny, night" in refused.json()["error"]["message"]
+
+
+def test_settings_read_models_keys_and_origins_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encnet.env").write_text("ENCNET_PORT=9001\nENCNET_MAX_SCALES=3\n")
+    monkeypatch.setenv("ENCNET_MODELS", "night=a/night.onnx, day=b.onnx")
+    monkeypatch.setenv("ENCNET_API_KEYS", "one, two")
+    monkeypatch.setenv("ENCNET_CORS_ORIGINS", "https://a.example")
+    monkeypatch.setenv("ENCNET_PORT", "9002")
+    settings = Settings()
+    assert settings.models == {"night": Path("a/night.onnx"), "day": Path("b.onnx")}
+    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+    assert settings.cors_origins == ("https://a.example",)
+    assert (settings.port, settings.max_scales) == (9002, 3)
+    assert "one" not in repr(settings)
+
+
+def test_a_reload_drops_no_request_and_a_broken_file_changes_nothing(
+    settings: Settings, other_model: Path, png: bytes, tmp_path: Path
+) -> None:
+    served_file = tmp_path / "served.onnx"
+    onnx.save(tiny_model(), served_file)
+    models = Models(settings.model_copy(update={"model": served_file}))
+    models.start()
+    with TestClient(create_app(models=models)) as client:
+        portal = client.portal
+        assert portal is not None
+        answers = [client.post("/segment", content=png)]
+        other_model.replace(served_file)
+        reload = portal.start_task_soon(models.load, "served")
+        while not reload.done():
+            answers.append(client.post("/segment", content=png))
+        answers.append(client.post("/segment", content=png))
+        assert {answer.status_code for answer in answers} == {200}
+        assert answers[0].json()["model"]["name"] == "encnet-tiny"
+        assert answers[-1].json()["model"]["name"] == "encnet-other"
+        served_file.write_bytes(b"not a model")
+        with pytest.raises(Exception, match="cannot load"):
+            portal.call(models.load, "served")
+        assert client.post("/segment", content=png).json()["model"]["name"] == "encnet-other"
+        assert client.get("/readyz").status_code == 200
+        portal.call(models.unload, "served")
+        assert client.post("/segment", content=png).status_code == 503
+        assert client.get("/models").json()["models"][0]["state"] == "unloaded"
+    models.close()

@@ -1,0 +1,141 @@
+"""Promise: SIGTERM under load loses nothing that was accepted, and a killed server is replaced by its supervisor."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from tiny_model import encoded
+
+import service
+from service.supervisor import QUICK_DEATHS
+
+ROOT = Path(service.__file__).parents[1]
+WAIT = 90
+SLOW = {"scales": "1,1,1,1,1,1,1,1", "flip": "true"}
+
+Serve = Callable[..., tuple["subprocess.Popen[str]", str]]
+
+
+@pytest.fixture(scope="module")
+def big() -> bytes:
+    """A picture whose segmentation takes a good part of a second with the tiny model."""
+    return encoded(np.zeros((700, 700, 3), np.uint8))
+
+
+@pytest.fixture
+def serve(model_file: Path) -> Iterator[Serve]:
+    """A function that starts a server and returns its process and address once it answers."""
+    started = []
+
+    def start(*arguments: str, **environment: str) -> tuple["subprocess.Popen[str]", str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("ENCNET_")}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "serve", "--model", str(model_file), "--port", "0", *arguments],
+            cwd=ROOT,
+            env={**clean, "ENCNET_DEVICE": "cpu", "ENCNET_THREADS": "1", "ENCNET_TIMEOUT_MS": "240000", "PYTHONUNBUFFERED": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout
+        for line in process.stdout:
+            if found := re.search(r"listens on (http://127\.0\.0\.1:\d+)", line):
+                return process, found[1]
+        raise AssertionError("the server ended before it was ready")
+
+    yield start
+    for process in started:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def queued(url: str) -> int:
+    found = re.search(r"encnet_queue_requests\{.*\} (\d+)", httpx.get(f"{url}/metrics", timeout=WAIT).text)
+    return int(found[1]) if found else 0
+
+
+def test_sigterm_under_load_finishes_what_was_accepted(serve: Serve, big: bytes) -> None:
+    process, url = serve()
+    with ThreadPoolExecutor(4) as pool, httpx.Client(base_url=url, timeout=WAIT) as client:
+        client.get("/livez")  # a connection that is open before the signal
+        answers = [pool.submit(httpx.post, f"{url}/segment", params=SLOW, content=big, timeout=WAIT) for _ in range(4)]
+        until(lambda: queued(url) == 4)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/readyz").status_code == 503)
+        assert client.get("/livez").status_code == 200
+        refused = client.post("/segment", content=encoded(np.zeros((4, 4, 3), np.uint8)))
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert "retry-after" in refused.headers
+        assert [answer.result(WAIT).status_code for answer in answers] == [200] * 4
+    assert process.wait(WAIT) == 0
+
+
+def test_the_grace_period_ends_a_stop_that_would_take_too_long(serve: Serve, big: bytes) -> None:
+    process, url = serve(ENCNET_GRACE_SECONDS="0.2")
+    with ThreadPoolExecutor(12) as pool:
+        answers = [pool.submit(httpx.post, f"{url}/segment", params=SLOW, content=big, timeout=WAIT) for _ in range(12)]
+        until(lambda: queued(url) == 12)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT) == 0
+        assert any(answer.exception() is not None or answer.result().status_code != 200 for answer in answers)
+
+
+def test_sighup_loads_the_model_anew(serve: Serve) -> None:
+    process, url = serve()
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout
+    assert any("is loaded from" in line for line in process.stdout)
+    assert httpx.get(f"{url}/readyz", timeout=WAIT).status_code == 200
+
+
+def test_a_killed_server_is_replaced_on_the_same_port(serve: Serve) -> None:
+    process, url = serve("--supervise")
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    picture = encoded(np.zeros((4, 4, 3), np.uint8))
+    assert httpx.post(f"{url}/segment", content=picture, timeout=WAIT).status_code == 200, "the connection waited"
+    (second,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert second != child
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(WAIT) == 0
+    assert not Path(f"/proc/{second}").exists()
+
+
+def test_a_supervisor_does_not_insist_on_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service", "serve", "--supervise", "--port", "0", "--model", "nowhere.onnx"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == 1
+    assert done.stderr.count("does not exist") == 1
+
+
+def test_a_supervisor_gives_up_on_a_server_that_dies_at_once() -> None:
+    script = (
+        "import socket, sys\n"
+        "from service.supervisor import supervise\n"
+        "sys.exit(supervise([sys.executable, '-c', 'import os; print(\"born\", flush=True); os._exit(9)'], "
+        "socket.create_server(('127.0.0.1', 0))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == 1
+    assert done.stdout.count("born") == QUICK_DEATHS
