@@ -14,6 +14,7 @@ from service.info_routes import info_router
 from service.metrics import Metrics
 from service.middleware import RequestContext, error_response, fault_response
 from service.models import Models
+from service.oip import oip_router
 from service.page import page_router
 from service.segment_routes import segment_router
 from service.settings import Settings
@@ -56,6 +57,7 @@ def create_app(settings: Settings | None = None, models: Models | None = None) -
 
     app.include_router(segment_router(models, metrics))
     app.include_router(info_router(models, metrics))
+    app.include_router(oip_router(models, metrics))
     app.include_router(page_router(models))
     return app
 

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -71,6 +72,16 @@ class Models:
             raise Refusal("starting", f"the model {served.name} is not loaded: {served.reason}", None)
         return served.pipeline
 
+    @contextmanager
+    def hold(self, name: str) -> Iterator[Pipeline]:
+        """The pipeline for a request of several steps, not stopped before the block ends. Raises as `pipeline` does."""
+        pipeline = self.pipeline(name)
+        pipeline.holders += 1
+        try:
+            yield pipeline
+        finally:
+            pipeline.holders -= 1
+
     def start(self) -> None:
         """Load every model and wait for it. Raises engine.ModelError for the first that cannot be served."""
         for served in self.all:
@@ -78,6 +89,7 @@ class Models:
         for served in self.all:
             assert served.pipeline is not None
             served.pipeline.device.wait_until_started()
+            served.reason = ""
 
     async def load(self, name: str) -> None:
         """Load a model's file anew. Requests go on with what is loaded until the new one is ready, then finish on it.
@@ -138,7 +150,7 @@ class Models:
     async def _retire(self, pipeline: Pipeline | None) -> None:
         if pipeline is None:
             return
-        while pipeline.admitted_requests:
+        while pipeline.admitted_requests or pipeline.holders:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(pipeline.close)
 

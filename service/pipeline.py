@@ -58,6 +58,7 @@ class Pipeline:
         self.device = Device(load, settings.max_batch, settings.hang_seconds)
         self.admitted_cost = 0
         self.admitted_requests = 0
+        self.holders = 0  # see Models.hold
         self._unfinished_s = 0.0  # predicted seconds of the runs that are admitted and not over
 
     @property

@@ -45,7 +45,7 @@ from service.upload import Upload, read_upload, read_uploads
 
 BATCH_FORMATS: tuple[FormatName, ...] = ("json", "rle")
 
-_SIDE_BY_SIDE = 4  # pictures of one batch that are under way at a time, so that a batch does not fill the queue
+SIDE_BY_SIDE = 4  # pictures of one batch that are under way at a time, so that a batch does not fill the queue
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         pipeline = models.pipeline(options.model)
         if options.dry_run:
             return _prediction(pipeline, picture, options)
-        async with _departure(request) as departed:
+        async with departure(request) as departed:
             result = await pipeline.segment(picture, options, deadline=deadline, departed=departed)
         labelled = _labelled(pipeline, result, options)
         encoding = partial(_encoded, request, labelled, format_, media_type)
@@ -134,7 +134,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         options = options.model_copy(update={"format": format_})
         deadline = time.monotonic() + (options.timeout_ms or settings.timeout_ms) / 1000
         models.pipeline(options.model).plan(options)
-        turns = asyncio.Semaphore(_SIDE_BY_SIDE)
+        turns = asyncio.Semaphore(SIDE_BY_SIDE)
 
         async def one(upload: Upload, departed: "asyncio.Task[None]") -> ItemAnswer:
             async with turns:
@@ -151,7 +151,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
                 timings = _timings(result, waited, encode_ms, started, metrics)
                 return ItemAnswer(name=upload.name, answer=_answer(request, labelled, mask, timings))
 
-        async with _departure(request) as departed:
+        async with departure(request) as departed:
             items = await asyncio.gather(*(one(upload, departed) for upload in uploads))
         answer = BatchAnswer(id=request.state.request_id, items=list(items))
         return Response(answer.model_dump_json(), media_type="application/json")
@@ -160,7 +160,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
 
 
 @asynccontextmanager
-async def _departure(request: Request) -> "AsyncIterator[asyncio.Task[None]]":
+async def departure(request: Request) -> "AsyncIterator[asyncio.Task[None]]":
     """A task that is done when the client has left; the body must have been read."""
 
     async def until_gone() -> None:

@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     )
     allow_urls: bool = Field(default=False, description="Whether a request may name a picture by URL.")
     url_timeout_ms: int = Field(default=5_000, ge=1, description="Time to fetch a picture by URL.")
+    remote_control: bool = Field(
+        default=False, description="Whether clients may load and unload models and set the log level, under /v2."
+    )
     log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people, or for programs.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
 

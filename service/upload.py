@@ -47,9 +47,9 @@ async def read_upload(request: Request, max_bytes: int) -> Upload:
         return uploads[0]
     if kind == "application/json":
         error = too_many_bytes(max_bytes)
-        body = await _within(request, max_bytes * 4 // 3 + _FORM_OVERHEAD, error).body()
+        body = await within(request, max_bytes * 4 // 3 + _FORM_OVERHEAD, error).body()
         return _from_json(body, query)
-    return Upload(await _within(request, max_bytes, too_many_bytes(max_bytes)).body(), query)
+    return Upload(await within(request, max_bytes, too_many_bytes(max_bytes)).body(), query)
 
 
 async def read_uploads(request: Request, max_bytes: int, max_items: int) -> list[Upload]:
@@ -59,7 +59,7 @@ async def read_uploads(request: Request, max_bytes: int, max_items: int) -> list
     """
     limit = max_items * max_bytes + _FORM_OVERHEAD
     total = InputError("too_many_bytes", f"the form is larger than the {limit} bytes allowed")
-    bounded = _within(request, limit, too_many_bytes(max_bytes) if max_items == 1 else total)
+    bounded = within(request, limit, too_many_bytes(max_bytes) if max_items == 1 else total)
     limits = {"max_files": max_items + _MAX_FIELDS, "max_fields": _MAX_FIELDS, "max_part_size": _FORM_OVERHEAD}
     async with bounded.form(**limits) as form:
         pictures, options = _split(form)
@@ -112,7 +112,7 @@ def _from_json(body: bytes, query: list[tuple[str, str]]) -> Upload:
         raise InputError("invalid_body", "the data URI in image is not valid base64") from None
 
 
-def _within(request: Request, limit: int, error: InputError) -> Request:
+def within(request: Request, limit: int, error: InputError) -> Request:
     """The request, whose body raises `error` as soon as it is, or says it is, longer than `limit` bytes."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:

@@ -17,7 +17,6 @@ from typer.testing import CliRunner, Result
 from service.app import create_app
 from service.bench import Level, measure, read_target
 from service.cli import cli
-from service.engine import Engine
 from service.settings import Settings
 
 
@@ -34,10 +33,10 @@ def load(url: str, clients: int, seconds: float, pictures: Sequence[bytes] = (b"
 # ---- what is measured
 
 
-def test_a_real_server_is_measured(settings: Settings, engine: Engine, quadrants: np.ndarray, tmp_path: Path) -> None:
+def test_a_real_server_is_measured(settings: Settings, quadrants: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "q.png").write_bytes(encoded(quadrants))
     given = ["--image", tmp_path / "q.png", "--concurrency", "1,2", "--duration", "0.5", "--json", tmp_path / "b.json"]
-    with serving(create_app(settings, engine)) as url:
+    with serving(create_app(settings)) as url:
         result = run("bench", url, *given)
     assert result.exit_code == 0, result.output
     header, *rows = result.stdout.splitlines()
@@ -191,8 +190,8 @@ def test_nobody_there_is_a_sentence() -> None:
     assert "python -m service serve" in result.stderr
 
 
-def test_a_refused_picture_is_a_sentence(settings: Settings, engine: Engine) -> None:
-    with serving(create_app(settings, engine)) as url:
+def test_a_refused_picture_is_a_sentence(settings: Settings) -> None:
+    with serving(create_app(settings)) as url:
         result = run("bench", url, "--scales", "99")
     assert result.exit_code == 1
     assert "is answered 422: option scales must each be from 0.25 to 3" in result.stderr

@@ -34,8 +34,8 @@ ROOT = Path(service.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def url(model_file: Path, engine: Engine) -> Iterator[str]:
-    with serving(create_app(Settings(model=model_file, device="cpu", threads=1, max_pixels=100_000), engine)) as url:
+def url(model_file: Path) -> Iterator[str]:
+    with serving(create_app(Settings(model=model_file, device="cpu", threads=1, max_pixels=100_000))) as url:
         yield url
 
 
