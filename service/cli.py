@@ -17,7 +17,7 @@ from service.engine import Engine, ModelError
 from service.errors import InputError
 from service.models import Models
 from service.options import Options, option_pairs, parse_options
-from service.settings import Settings
+from service.settings import Settings, settings_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -55,7 +55,12 @@ def main() -> None:
     cli(prog_name="python -m service")
 
 
-@cli.command()
+_SETTINGS = "Settings, from the environment or from a file encnet.env:\n\n" + "\n\n".join(
+    f"{name}{f' [{default}]' if default else ''}: {meaning}" for name, default, meaning in settings_table()
+)
+
+
+@cli.command(epilog=_SETTINGS)
 def serve(
     model: ModelOption = None,
     host: Annotated[

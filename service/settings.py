@@ -104,3 +104,13 @@ class Settings(BaseSettings):
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError(f"timeout_ms {self.timeout_ms} is above max_timeout_ms {self.max_timeout_ms}")
         return self
+
+
+def settings_table() -> list[tuple[str, str, str]]:
+    """Environment variable, default and meaning of every setting, for people."""
+    rows = []
+    for name, entry in Settings.model_fields.items():
+        shown = "the embedded model" if entry.default == EMBEDDED_MODEL else entry.default
+        shown = str(shown).lower() if isinstance(shown, bool) else str(shown or ("" if shown in ((), {}) else shown))
+        rows.append((f"ENCNET_{name.upper()}", shown, entry.description or ""))
+    return rows

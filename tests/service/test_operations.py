@@ -13,11 +13,14 @@ from onnx import helper
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 from tiny_model import METADATA, encoded, tiny_model
+from typer.testing import CliRunner
 
+import service
 from service import logs
 from service.app import create_app
+from service.cli import cli
 from service.models import Models
-from service.settings import Settings
+from service.settings import Settings, settings_table
 
 
 @pytest.fixture
@@ -173,6 +176,14 @@ def test_settings_read_models_keys_and_origins_from_the_environment(
     assert settings.cors_origins == ("https://a.example",)
     assert (settings.port, settings.max_scales) == (9002, 3)
     assert "one" not in repr(settings)
+
+
+def test_every_setting_is_in_the_readme_and_in_help() -> None:
+    readme = (Path(service.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = CliRunner().invoke(cli, ["serve", "--help"], env={"COLUMNS": "300"}).output
+    for name, default, meaning in settings_table():
+        assert f"| `{name}` | {default} | {meaning} |" in readme
+        assert name in shown
 
 
 def test_a_reload_drops_no_request_and_a_broken_file_changes_nothing(
