@@ -10,6 +10,9 @@
 | CMYK, YCbCr, LAB, HSV        | converted to RGB, without colour profile                                           |
 | animated, or several pages   | the first frame                                                                    |
 | 32-bit integers, floats      | refused: nothing in the file says which value is white                             |
+| with an ICC profile          | read as if it were sRGB                                                            |
+
+HEIC and HEIF are refused by name, as Pillow does not read them; AVIF is read where Pillow was built with it.
 """
 
 import io
@@ -30,6 +33,7 @@ FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "
 _ALPHA_MODES = {"LA", "PA", "RGBA", "RGBa"}
 _PLAIN_MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 _WHITE_16_BIT = 65535
+_HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
 
 _log = logging.getLogger(__name__)
 
@@ -112,6 +116,8 @@ def _opened(data: bytes, max_bytes: int, max_pixels: int) -> Iterator[Image.Imag
     except Image.DecompressionBombError:
         raise InputError("too_many_pixels", f"the picture has more than the {max_pixels} pixels allowed") from None
     except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+            raise InputError("unsupported", "HEIC pictures are not read here; save it as JPEG or PNG") from None
         begins_as = _name_by_signature(data)
         if begins_as:
             raise _damaged(begins_as) from None

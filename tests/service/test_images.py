@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from tiny_model import encoded
 
 from service.errors import InputError
@@ -245,6 +245,22 @@ def test_damage_anywhere_never_raises_anything_else(photo: np.ndarray, kind: str
             read(bytes(damaged))
         except InputError as error:
             assert error.message
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+def test_heic_is_refused_by_name(brand: bytes) -> None:
+    data = struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1heic" + bytes(100)
+    with pytest.raises(InputError, match="HEIC"):
+        read(data)
+    assert code_of(data) == "unsupported"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_a_colour_profile_changes_nothing(photo: np.ndarray, format: str) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    plain, profiled = encoded(photo, format), encoded(photo, format, icc_profile=profile)
+    assert len(profiled) > len(plain)
+    np.testing.assert_array_equal(read(profiled).pixels, read(plain).pixels)
 
 
 # ---- limits
