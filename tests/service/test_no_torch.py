@@ -58,7 +58,9 @@ def _imports(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", sorted(SERVICE.glob("*.py")), ids=lambda file: file.name)
 def test_every_import_is_in_the_requirements(file: Path) -> None:
-    needs = ["requirements-client.txt"] if file.name == "client.py" else ["requirements-base.txt", "requirements.txt", "requirements-gpu.txt"]
+    needs = ["requirements-base.txt", "requirements.txt", "requirements-gpu.txt"]
+    if file.name == "client.py":
+        needs = ["requirements-client.txt"]
     lines = [line for name in needs for line in _lines(SERVICE / name)]
     required = {re.split(r"[<>=\[]", line)[0].replace("-", "_") for line in lines}
     third_party = _imports(file) - set(sys.stdlib_module_names) - {"service"} - BROUGHT_BY_FASTAPI
