@@ -13,7 +13,7 @@ int check(const encnet_sizes &sizes, const encnet_features &features) {
     return ENCNET_OK;
 }
 
-int call_kernels(const CudaCall &call) {
+int call_kernels(const CudaCall &call, bool backward) {
     int status = check(*call.sizes, *call.x);
     if (!status && call.grad_x) {
         status = check(*call.sizes, *call.grad_x);
@@ -21,8 +21,10 @@ int call_kernels(const CudaCall &call) {
         if (!status && call.x->dtype != call.grad_x->dtype) status = ENCNET_BAD_DTYPE;
     }
     if (status) return status;
-    static const CudaKernels *const table[] = {&cuda_kernels_float32, &cuda_kernels_float16, &cuda_kernels_bfloat16};
-    return table[call.x->dtype]->call(call);
+    static const CudaKernels *const table[][2] = {{&cuda_forward_float32, &cuda_backward_float32},
+                                                  {&cuda_forward_float16, &cuda_backward_float16},
+                                                  {&cuda_forward_bfloat16, &cuda_backward_bfloat16}};
+    return table[call.x->dtype][backward]->call(call);
 }
 
 }  // namespace
@@ -32,18 +34,18 @@ int encnet_cuda_workspace(const encnet_sizes *sizes, const encnet_features *x, i
     *bytes = 0;
     const encnet_cuda cuda{device, nullptr, nullptr};
     CudaCall call{};
-    call.sizes = sizes, call.x = x, call.cuda = &cuda, call.backward = backward, call.bytes = bytes;
-    return sizes->batch == 0 ? ENCNET_OK : call_kernels(call);
+    call.sizes = sizes, call.x = x, call.cuda = &cuda, call.bytes = bytes;
+    return sizes->batch == 0 ? ENCNET_OK : call_kernels(call, backward);
 }
 
 const char *encnet_cuda_describe(const encnet_sizes *sizes, const encnet_features *x, int32_t device, int32_t backward) {
     static thread_local char text[160];
     const encnet_cuda cuda{device, nullptr, nullptr};
     CudaCall call{};
-    call.sizes = sizes, call.x = x, call.cuda = &cuda, call.backward = backward;
+    call.sizes = sizes, call.x = x, call.cuda = &cuda;
     call.text = text, call.text_room = sizeof text;
     text[0] = 0;
-    return sizes->batch && call_kernels(call) ? "" : text;
+    return sizes->batch && call_kernels(call, backward) ? "" : text;
 }
 
 int encnet_encode_cuda(const encnet_sizes *sizes, const encnet_features *x, const float *codewords, const float *scale,
@@ -52,10 +54,10 @@ int encnet_encode_cuda(const encnet_sizes *sizes, const encnet_features *x, cons
     CudaCall call{};
     call.sizes = sizes, call.x = x, call.codewords = codewords, call.scale = scale, call.result = encoded;
     call.cuda = cuda;
-    return call_kernels(call);
+    return call_kernels(call, false);
 }
 
-// Expects a batch of at least one image: there is nothing to queue for none, and gradients of zero are the caller's.
+// Gradients of zero for a batch of none are the caller's to write: nothing is queued here that only clears memory.
 int encnet_encode_backward_cuda(const encnet_sizes *sizes, const encnet_features *x, const float *codewords,
                                 const float *scale, const float *grad, const encnet_features *grad_x,
                                 float *grad_codewords, float *grad_scale, const encnet_cuda *cuda) {
@@ -63,10 +65,10 @@ int encnet_encode_backward_cuda(const encnet_sizes *sizes, const encnet_features
     CudaCall call{};
     call.sizes = sizes, call.x = x, call.grad_x = grad_x, call.codewords = codewords, call.scale = scale;
     call.grad = grad, call.result = grad_codewords, call.scale_result = grad_scale;
-    call.cuda = cuda, call.backward = true;
-    return call_kernels(call);
+    call.cuda = cuda;
+    return call_kernels(call, true);
 }
 
-const char *encnet_cuda_error(int status) { return cuda_kernels_float32.error_text(status - ENCNET_CUDA_ERROR); }
+const char *encnet_cuda_error(int status) { return cuda_forward_float32.error_text(status - ENCNET_CUDA_ERROR); }
 
 int encnet_interface(void) { return ENCNET_INTERFACE; }

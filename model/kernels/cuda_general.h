@@ -20,7 +20,7 @@ struct GeneralTask {
     float factor;
 };
 
-DEVICE int64_t scratch_floats(int64_t codewords_count) { return (3 * SIDE + 4) * codewords_count; }
+__host__ __device__ inline int64_t scratch_floats(int64_t codewords_count) { return (3 * SIDE + 4) * codewords_count; }
 
 // For row, column < SIDE: finish(row, column, sum_j left(j, row) right(j, column)), j < depth. `*_along` says that
 // neighbours of the row (column) are neighbours in memory, rather than neighbours of j. If `norms` is given, it becomes

@@ -1,4 +1,4 @@
-// Between encoding_cuda.cu, compiled once for each type of x, and cuda_dispatch.cpp, which chooses one.
+// Between encoding_cuda.cu, compiled once for each type of x and pass, and cuda_dispatch.cpp, which chooses one.
 #pragma once
 
 #include "encoding_cuda.h"
@@ -10,7 +10,6 @@ struct CudaCall {
     const float *codewords, *scale, *grad;
     float *result, *scale_result;
     const encnet_cuda *cuda;
-    bool backward;
     int64_t *bytes;
     char *text;
     size_t text_room;
@@ -21,4 +20,5 @@ struct CudaKernels {
     const char *(*error_text)(int cuda_error);
 };
 
-extern const CudaKernels cuda_kernels_float32, cuda_kernels_float16, cuda_kernels_bfloat16;
+extern const CudaKernels cuda_forward_float32, cuda_forward_float16, cuda_forward_bfloat16;
+extern const CudaKernels cuda_backward_float32, cuda_backward_float16, cuda_backward_bfloat16;

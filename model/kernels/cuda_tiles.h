@@ -19,7 +19,7 @@
 namespace {
 
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
-constexpr int MOST_CHANNELS = 512, MOST_CODEWORDS = 64;
+constexpr int MOST_CHANNELS = 512;
 constexpr int MINE = MOST_CHANNELS / 16 / WARPS;  // groups of 16 channels that one warp owns: warp, warp + WARPS, ...
 constexpr int DEPTH_WARPS = 4;                    // that many warps share the channels of one piece of x.c
 constexpr int CHUNK_BYTES = 16;

@@ -1,14 +1,24 @@
-// The Encoding op on a CUDA device for one type of x: chooses a kernel and how it is launched. build.py compiles this file
-// once for each type, with ENCNET_ELEMENT naming the number's type and ENCNET_KERNELS the table that is exported.
+// One pass of the Encoding op on a CUDA device for one type of x: chooses a kernel and how it is launched. build.py compiles
+// this file once for each, with ENCNET_ELEMENT naming the type, ENCNET_BACKWARD the pass (0 or 1) and ENCNET_KERNELS the
+// table that is exported.
 
 #include <stdio.h>
 
 #include "cuda_general.h"
 #include "cuda_kernels.h"
 
+#ifndef ENCNET_WIDTHS
+#define ENCNET_WIDTHS 16, 32, 64 /* numbers of codewords to compile the tiles for, each for all up to it */
+#endif
+
 namespace {
 
 using Element = ENCNET_ELEMENT;
+constexpr bool BACKWARD = ENCNET_BACKWARD;
+
+// Positions in a tile, first choice and second, where there is too little shared memory for the first.
+constexpr int SIZE = sizeof(Element);
+constexpr int TILES[2] = {SIZE == 2 ? (BACKWARD ? 32 : 64) : BACKWARD ? 16 : 32, BACKWARD ? 16 : 32};
 
 constexpr int64_t MOST_BLOCKS = 1 << 16;             // of the kernels whose blocks take more than one turn
 constexpr int64_t PARTIAL_BYTES = int64_t{64} << 20;  // the general path cuts images into parts up to about so much
@@ -21,8 +31,8 @@ struct Choice {
     int64_t fixed_bytes, tile_bytes[2];  // of shared memory: always, and with one stage or two
 };
 
-template <bool BACKWARD, bool CHANNELS_LAST, int K, int T>
-Choice choice(int depth) {
+template <bool CHANNELS_LAST, int T, int K>
+Choice choice_of(int depth) {
     using S = Shared<Element, CHANNELS_LAST, K, T, BACKWARD>;
     Choice made{nullptr, T, S::fixed_bytes(depth), {S::work_bytes(depth, 1), S::work_bytes(depth, 2)}};
     if constexpr (BACKWARD)
@@ -32,16 +42,14 @@ Choice choice(int depth) {
     return made;
 }
 
-template <bool BACKWARD, bool CHANNELS_LAST, int T>
-Choice choice(int codewords, int depth) {
-    if (codewords <= 16) return choice<BACKWARD, CHANNELS_LAST, 16, T>(depth);
-    if (codewords <= 32) return choice<BACKWARD, CHANNELS_LAST, 32, T>(depth);
-    return choice<BACKWARD, CHANNELS_LAST, 64, T>(depth);
-}
-
-template <bool BACKWARD, int T>
-Choice choice(int codewords, int depth, bool channels_last) {
-    return channels_last ? choice<BACKWARD, true, T>(codewords, depth) : choice<BACKWARD, false, T>(codewords, depth);
+// The first of the widths that holds so many codewords; none where they are too many.
+template <bool CHANNELS_LAST, int T, int K, int... WIDER>
+Choice choice(int64_t codewords, int depth) {
+    if (codewords <= K) return choice_of<CHANNELS_LAST, T, K>(depth);
+    if constexpr (sizeof...(WIDER) > 0)
+        return choice<CHANNELS_LAST, T, WIDER...>(codewords, depth);
+    else
+        return {};
 }
 
 // How one call runs. `choice.kernel` null: the general kernel.
@@ -76,17 +84,19 @@ int spread(const CudaCall &call, const Limits &limits, Plan *plan, bool *runs) {
         if (plan->parts < 1) plan->parts = 1;
         const int64_t items = batch * plan->parts, clusters = items < at_once ? items : at_once;
         plan->launch.blocks = clusters * cluster;
-        plan->partials = call.backward ? (clusters > 1 ? clusters : 0) : (plan->parts > 1 ? items : 0);
+        plan->partials = BACKWARD ? (clusters > 1 ? clusters : 0) : (plan->parts > 1 ? items : 0);
         *runs = true;
         return 0;
     }
     return 0;
 }
 
-template <bool BACKWARD, int T>
+template <int T>
 int try_tiles(const CudaCall &call, const Limits &limits, bool channels_last, Plan *plan, bool *runs) {
     const int depth = int(call.sizes->channels + 15) / 16 * 16;
-    plan->choice = choice<BACKWARD, T>(int(call.sizes->codewords), depth, channels_last);
+    plan->choice = channels_last ? choice<true, T, ENCNET_WIDTHS>(call.sizes->codewords, depth)
+                                 : choice<false, T, ENCNET_WIDTHS>(call.sizes->codewords, depth);
+    if (!plan->choice.kernel) return 0;
     plan->tiles = (call.sizes->positions + T - 1) / T;
     for (plan->stages = 2; plan->stages >= 1; --plan->stages) {
         plan->launch.shared_bytes = plan->choice.fixed_bytes + plan->choice.tile_bytes[plan->stages - 1];
@@ -108,28 +118,24 @@ int plan_general(const CudaCall &call, const Limits &limits, Plan *plan) {
     if (plan->parts > plan->tiles) plan->parts = plan->tiles;
     if (plan->parts < 1) plan->parts = 1;
     const int64_t items = sizes.batch * plan->parts;
-    const int64_t room = call.backward ? PARTIAL_BYTES / partial : items;
+    const int64_t room = BACKWARD ? PARTIAL_BYTES / partial : items;
     plan->launch = {items < blocks ? items : blocks, GENERAL_THREADS, 1, 4 * (2 * DEEP * (SIDE + 4) + 2 * SIDE)};
     if (plan->launch.blocks > room) plan->launch.blocks = room < 1 ? 1 : room;
-    plan->partials = call.backward ? plan->launch.blocks : items;
+    plan->partials = BACKWARD ? plan->launch.blocks : items;
     plan->scratch_floats = plan->launch.blocks * scratch_floats(sizes.codewords);
     return 0;
 }
 
-template <bool BACKWARD>
 int make_plan(const CudaCall &call, bool channels_last, Plan *plan) {
     Limits limits{};
     if (int failed = read_limits(call.cuda->device, &limits)) return failed;
     *plan = Plan{};
     plan->launch.threads = THREADS;
     bool runs = false;
-    if (call.sizes->channels <= MOST_CHANNELS && call.sizes->codewords <= MOST_CODEWORDS && call.sizes->batch > 0) {
-        int failed = 0;
-        if constexpr (sizeof(Element) == 2 && !BACKWARD) failed = try_tiles<false, 64>(call, limits, channels_last, plan, &runs);
-        if constexpr (sizeof(Element) == 2 || !BACKWARD)
-            if (!failed && !runs) failed = try_tiles<BACKWARD, 32>(call, limits, channels_last, plan, &runs);
-        if constexpr (BACKWARD)
-            if (!failed && !runs) failed = try_tiles<BACKWARD, 16>(call, limits, channels_last, plan, &runs);
+    if (call.sizes->channels <= MOST_CHANNELS) {
+        int failed = try_tiles<TILES[0]>(call, limits, channels_last, plan, &runs);
+        if constexpr (TILES[1] != TILES[0])
+            if (!failed && !runs) failed = try_tiles<TILES[1]>(call, limits, channels_last, plan, &runs);
         if (failed || runs) return failed;
     }
     return plan_general(call, limits, plan);
@@ -141,7 +147,6 @@ Rows rows_of(const encnet_features *features, bool channels_last) {
             channels_last ? features->position_stride : features->channel_stride, vector_of(*features, channels_last)};
 }
 
-template <bool BACKWARD>
 int run(const CudaCall &call, bool channels_last, const Plan &plan) {
     const encnet_sizes &sizes = *call.sizes;
     float *partials = static_cast<float *>(call.cuda->workspace);
@@ -185,16 +190,15 @@ int run(const CudaCall &call, bool channels_last, const Plan &plan) {
                       sizes.channels, plan.parts, sizes.factor);
 }
 
-template <bool BACKWARD>
 int plan_and_run(const CudaCall &call) {
     const bool channels_last = call.x->position_stride != 1;
     Plan plan;
-    if (int failed = make_plan<BACKWARD>(call, channels_last, &plan)) return failed;
+    if (int failed = make_plan(call, channels_last, &plan)) return failed;
     if (call.bytes) {
         *call.bytes = 4 * (plan.partials * (call.sizes->channels + 1) * call.sizes->codewords + plan.scratch_floats);
         return 0;
     }
-    if (!call.text) return run<BACKWARD>(call, channels_last, plan);
+    if (!call.text) return run(call, channels_last, plan);
     snprintf(call.text, call.text_room, "%s T=%d stages=%d shared=%lld cluster=%d blocks=%lld parts=%lld partials=%lld",
              plan.choice.kernel ? "tiles" : "general", plan.choice.kernel ? plan.choice.tile : SIDE, plan.stages,
              static_cast<long long>(plan.launch.shared_bytes), plan.launch.cluster,
@@ -205,10 +209,10 @@ int plan_and_run(const CudaCall &call) {
 
 int call_on_device(const CudaCall &call) {
     const OnDevice current(call.cuda->device);
-    const int failed = current.error ? current.error : call.backward ? plan_and_run<true>(call) : plan_and_run<false>(call);
+    const int failed = current.error ? current.error : plan_and_run(call);
     return failed ? ENCNET_CUDA_ERROR + failed : ENCNET_OK;
 }
 
 }  // namespace
 
-extern const CudaKernels ENCNET_KERNELS{call_on_device, error_text};
+extern const CudaKernels ENCNET_KERNELS = {call_on_device, error_text};

@@ -27,7 +27,7 @@ typedef struct {
 ENCNET_API int encnet_cuda_workspace(const encnet_sizes *sizes, const encnet_features *x, int32_t device,
                                      int32_t backward, int64_t *bytes);
 
-/* As encnet_encode_cpu and encnet_encode_backward_cpu. */
+/* As encnet_encode_cpu and encnet_encode_backward_cpu; the latter wants a batch of one or more. */
 ENCNET_API int encnet_encode_cuda(const encnet_sizes *sizes, const encnet_features *x, const float *codewords,
                                   const float *scale, float *encoded, const encnet_cuda *cuda);
 ENCNET_API int encnet_encode_backward_cuda(const encnet_sizes *sizes, const encnet_features *x, const float *codewords,

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -120,6 +121,8 @@ struct Block {
 };
 struct Fiber {
     ucontext_t context;
+    jmp_buf here;
+    bool begun;
     std::vector<char> stack;
     State state;
     unsigned thread;
@@ -127,7 +130,7 @@ struct Fiber {
     std::vector<std::vector<Copy>> copies;
 };
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline Fiber *current;
 inline std::vector<Fiber> fibers;
 inline std::vector<Block> blocks;
@@ -139,15 +142,24 @@ inline const std::function<void()> *body;
     abort();
 }
 
-inline void wait() {
-    current->state = WAITING;
-    swapcontext(&current->context, &scheduler);
+// A fiber begins with setcontext; later switches are _longjmp, which spares the system calls.
+inline void leave(State state) {
+    current->state = state;
+    if (!_setjmp(current->here)) _longjmp(scheduler, 1);
 }
+
+inline void enter(Fiber &fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.here, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+}
+
+inline void wait() { leave(WAITING); }
 
 inline void run_fiber() {
     (*body)();
-    current->state = DONE;
-    swapcontext(&current->context, &scheduler);
+    leave(DONE);
 }
 
 inline Fiber &fiber_of(const Block &block, unsigned thread) {
@@ -190,12 +202,12 @@ inline void run_cluster(unsigned first, int cluster, int block_threads, int64_t 
             fiber.thread = unsigned(thread);
             fiber.block = &block;
             fiber.state = READY;
+            fiber.begun = false;
             fiber.copies.assign(1, {});
             fiber.stack.resize(1 << 16);
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = fiber.stack.data();
             fiber.context.uc_stack.ss_size = fiber.stack.size();
-            fiber.context.uc_link = &scheduler;
             makecontext(&fiber.context, run_fiber, 0);
         }
     }
@@ -213,7 +225,7 @@ inline void run_cluster(unsigned first, int cluster, int block_threads, int64_t 
                     current = &fiber;
                     threadIdx.x = fiber.thread;
                     blockIdx.x = fiber.block->index;
-                    swapcontext(&scheduler, &fiber.context);
+                    enter(fiber);
                 }
             }
         }
