@@ -33,7 +33,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]  # the result and the gradients 
 
 NAMES = ("encoded", "grad_x", "grad_codewords", "grad_scale")
 TOLERANCE = {
-    torch.float32: (5e-6, 5e-6, 5e-6, 5e-6),
+    torch.float32: (5e-6, 5e-6, 5e-6, 2e-5),  # the scale's gradient adds terms far longer than itself
     torch.float16: (5e-4, 2.5e-3, 5e-4, 2.5e-3),
     torch.bfloat16: (4e-3, 2e-2, 4e-3, 2e-2),
 }

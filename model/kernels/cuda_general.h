@@ -41,17 +41,23 @@ DEVICE void block_product(int64_t depth, bool left_along, LeftOf left, bool righ
             rights[rj][rl] = start + rj < depth ? right(start + rj, rl) : 0;
         }
         __syncthreads();
+        float some[4][4] = {}, some_norm = 0;  // sums of sums: long ones would lose digits
 #pragma unroll
         for (int j = 0; j < DEEP; ++j) {
-            if (norms && thread < SIDE) norm += lefts[j][thread] * lefts[j][thread];
+            if (norms && thread < SIDE) some_norm += lefts[j][thread] * lefts[j][thread];
             float four[4];
 #pragma unroll
             for (int c = 0; c < 4; ++c) four[c] = rights[j][column + c];
 #pragma unroll
             for (int r = 0; r < 4; ++r)
 #pragma unroll
-                for (int c = 0; c < 4; ++c) sums[r][c] += lefts[j][row + r] * four[c];
+                for (int c = 0; c < 4; ++c) some[r][c] += lefts[j][row + r] * four[c];
         }
+        norm += some_norm;
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) sums[r][c] += some[r][c];
     }
     if (norms && thread < SIDE) norms[thread] = norm;
 #pragma unroll

@@ -238,6 +238,7 @@ struct Tile {
         const int rows = CHANNELS_LAST ? T : task.depth, columns = CHANNELS_LAST ? task.depth : T;
         const int valid_rows = CHANNELS_LAST ? count : task.channels, valid = CHANNELS_LAST ? task.channels : count;
         const int steps = columns / STEP;
+#pragma unroll 2
         for (int index = int(threadIdx.x); index < rows * steps; index += THREADS) {
             const int row = index / steps, column = index % steps * STEP;
             const int here = row < valid_rows ? valid - column : 0;
