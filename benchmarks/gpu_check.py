@@ -1,9 +1,9 @@
-"""Build the CUDA kernels, check them against the float64 twin and measure them: `make gpu-check`, in under nine minutes.
+"""Build the CUDA kernels, check them against the float64 twin, measure them: `make gpu-check`, in under nine minutes.
 
-Needs an NVIDIA GPU, PyTorch with CUDA and nvcc; every other package is optional, and what is missing is reported as not
-run. Each part (benchmarks/gpu_parts.py) runs in a process of its own, so that one that fails or hangs leaves the others
-alone. Results are written to benchmarks/results/<name of the GPU>.json as they come, and as a table at the end. The exit
-status is 0 where every check passed, 1 where one failed and 2 without a GPU.
+Needs an NVIDIA GPU, PyTorch with CUDA and nvcc; every other package is optional, and what is missing is reported as
+not run. Each part (benchmarks/gpu_parts.py) runs in a process of its own, so that one that fails or hangs leaves the
+others alone. Results are written to benchmarks/results/<name of the GPU>.json as they come, and as a table at the end.
+The exit status is 0 where every check passed, 1 where one failed and 2 without a GPU.
 """
 
 import argparse
@@ -73,7 +73,17 @@ def child(name: str, device: str, seconds: float, before: tuple[str, ...] = ()) 
     """One part in a process of its own; `before` is a program that watches over it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "part.json"
-        inner = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, "--device", device, "--output", str(file)]
+        inner = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu_check",
+            "--part",
+            name,
+            "--device",
+            device,
+            "--output",
+            str(file),
+        ]
         status, printed = run_command([*before, *inner], seconds)
         part: Part = json.loads(file.read_text()) if file.exists() else empty()
     if status is None:
@@ -91,7 +101,16 @@ def sanitizer(device: str, seconds: float) -> Part:
         return empty(not_run=[f"sanitizer: no {SANITIZER}"])
     part = empty()
     for tool in SANITIZER_TOOLS:
-        options = ("--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=encode", "--kernel-regex", "kns=add_")
+        options = (
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--kernel-regex",
+            "kns=encode",
+            "--kernel-regex",
+            "kns=add_",
+        )
         found = child("sanitized", device, seconds / len(SANITIZER_TOOLS), (SANITIZER, *options))
         if "not supported" in found["printed"] or "Unable to find" in found["printed"]:
             part["not_run"].append(f"{SANITIZER} {tool}: {found['printed'].splitlines()[-1]}")

@@ -1,8 +1,8 @@
 """What `make gpu-check` checks and measures of the Encoding kernels on a GPU, part by part.
 
-Every part is a function of the device that adds to a Report; gpu_check.py runs each in a process of its own. Only torch
-is needed, and what else a part can use is reported as not run where it is missing. The functions also run on a CPU, where
-they exercise the CPU kernel or the twin (tests/model/test_gpu_check.py).
+Every part is a function of the device that adds to a Report; gpu_check.py runs each in a process of its own. Only
+torch is needed, and what else a part can use is reported as not run where it is missing. The functions also run on a
+CPU, where they exercise the CPU kernel or the twin (tests/model/test_gpu_check.py).
 
 Errors are differences from the twin in float64, relative to the largest value of each result. TOLERANCE is what the
 arithmetic allows at ordinary values: encoding_cuda.h says what is rounded. Where the formula itself is ill-conditioned
@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,7 +214,7 @@ def close(mine: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
     assert error <= tolerance * size, f"error {error:.1e}, largest value {size:.1e}"
 
 
-def loss_gradients(layer: torch.nn.Module, x: Tensor) -> list[Tensor]:
+def loss_gradients(layer: Any, x: Tensor) -> list[Tensor]:
     layer.zero_grad()
     x = x.detach().requires_grad_()
     layer(x).square().sum().backward()
@@ -306,7 +306,7 @@ def broadcast_form(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * residuals).sum(1)
 
 
-def milliseconds(calls: list[Callable[[], object]], device: str, rounds: int, inner: int) -> float:
+def milliseconds(calls: Sequence[Callable[[], object]], device: str, rounds: int, inner: int) -> float:
     """Median time of a call. `calls` do the same on different memory, so that none finds its input in the cache."""
     times = []
     for turn in range(-2, rounds):
@@ -328,7 +328,7 @@ def milliseconds(calls: list[Callable[[], object]], device: str, rounds: int, in
     return statistics.median(times)
 
 
-def captured(calls: list[Callable[[], object]]) -> list[Callable[[], object]]:
+def captured(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
     """The same calls as CUDA graphs: what is left is the GPU's own time."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -336,7 +336,7 @@ def captured(calls: list[Callable[[], object]]) -> list[Callable[[], object]]:
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(side)
-    graphs = []
+    graphs: list[Callable[[], object]] = []
     for call in calls:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -352,9 +352,7 @@ def copy_rate(device: str, megabytes: int = 2048) -> float:
     return 2 * source.numel() / milliseconds([lambda: target.copy_(source)], device, 10, 2)
 
 
-def calls_of(
-    function: Callable[..., Tensor], every: list[Inputs], passes: str
-) -> list[Callable[[], object]]:
+def calls_of(function: Callable[..., Tensor], every: list[Inputs], passes: str) -> list[Callable[[], object]]:
     """One call for each set of inputs: the forward pass, or the forward and the backward one by autograd."""
     if passes == "forward":
         return [lambda given=given: function(*given[:3]) for given in every]  # type: ignore[misc]
@@ -365,7 +363,7 @@ def calls_of(
     return calls
 
 
-def time_of(row: dict[str, Any], key: str, calls: list[Callable[[], object]], device: str, rounds: int) -> None:
+def time_of(row: dict[str, Any], key: str, calls: Sequence[Callable[[], object]], device: str, rounds: int) -> None:
     """Add a call's milliseconds to the row: as a program calls it, and as a graph where that can be captured."""
     try:
         row[f"{key}_ms"] = round(milliseconds(calls, device, rounds, 2 * len(calls)), 4)
@@ -392,11 +390,11 @@ def speed(
     for dtype in (torch.bfloat16, torch.float32):
         for count in positions:
             for layout, memory_format in LAYOUTS.items():
-                every = []
+                every: list[Inputs] = []
                 for _ in range(copies):
-                    x, *rest = inputs_of((batch, channels, 1, 1, 32), device, dtype)
+                    _, c, s, grad = inputs_of((batch, channels, 1, 1, 32), device, dtype)
                     x = torch.randn(batch, channels, count, 1, device=device).relu().to(dtype)
-                    every.append((x.contiguous(memory_format=memory_format), *rest))
+                    every.append((x.contiguous(memory_format=memory_format), c, s, grad))
                 bytes_of_x = every[0][0].nbytes
                 shape = {"dtype": str(dtype)[6:], "layout": layout, "positions": count, "batch": batch}
                 backward: dict[str, Any] = {"what": "speed", "pass": "backward", **shape}
@@ -502,7 +500,9 @@ def memory(device: str, report: Report) -> None:
                 extra = torch.cuda.max_memory_allocated() - before - returned
                 percent = round(100 * extra / x.nbytes, 2)
                 where = f"{str(dtype)[6:]} {layout} N={count}"
-                report.rows.append({"what": "memory", "where": where, "extra_kb": extra // 1024, "percent_of_x": percent})
+                report.rows.append(
+                    {"what": "memory", "where": where, "extra_kb": extra // 1024, "percent_of_x": percent}
+                )
                 name = f"peak memory over inputs and outputs under 3 % of x: {where}"
                 report.checks[name] = None if percent < 3 else f"{percent} %"
 

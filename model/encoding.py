@@ -154,8 +154,8 @@ def _save_all(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     """Second derivatives, which training does not need, are those of the twin."""
     with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        gradients = encode_backward_reference(*inputs, ctx.reference_positions)
+        grad, x, codewords, scale = inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        gradients = encode_backward_reference(grad, x, codewords, scale, ctx.reference_positions)
     wanted = [grad.to(gradient.dtype) for grad, gradient in zip(grads, gradients, strict=True)]
     return *torch.autograd.grad(gradients, inputs, wanted), None
 

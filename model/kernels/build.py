@@ -160,7 +160,9 @@ def cuda_compiler() -> list[str]:
     for candidate in [command] if command else [[place] for place in NVCC_PLACES]:
         if shutil.which(candidate[0]):
             return candidate
-    raise NoCompiler(f"there is no CUDA compiler here ({command[0] if command else 'nvcc'}); it is in NVIDIA's CUDA toolkit")
+    raise NoCompiler(
+        f"there is no CUDA compiler here ({command[0] if command else 'nvcc'}); it is in NVIDIA's CUDA toolkit"
+    )
 
 
 def architecture_flags(architectures: list[str]) -> list[str]:
@@ -189,7 +191,7 @@ def kernel_units() -> dict[str, list[str]]:
 
 
 def compile_cuda(nvcc: list[str], architectures: list[str], folder: Path) -> list[str]:
-    """The kernels for every type, pass and architecture as object files in `folder`, one compiler per core: their paths."""
+    """The kernels for every type, pass and architecture as object files in `folder`, a compiler per core: their paths."""
     units = {name: [*macros, str(SOURCES / "encoding_cuda.cu")] for name, macros in kernel_units().items()}
     units["dispatch"] = [str(SOURCES / "cuda_dispatch.cpp")]
     common = [*nvcc_command(nvcc), *architecture_flags(architectures)]

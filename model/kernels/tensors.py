@@ -80,7 +80,7 @@ def readable(x: Tensor) -> tuple[Tensor, Strides]:
 
 
 def with_gradient(x: Tensor) -> tuple[Tensor, Strides, Tensor, Strides]:
-    """x and an empty gradient laid out in `memory_format(x)`, with their strides; x is copied where these do not agree."""
+    """x and an empty gradient laid out in `memory_format(x)`, with their strides; x is copied where these disagree."""
     layout = memory_format(x)
     grad_x = torch.empty_like(x, memory_format=layout)
     grad_strides, strides = strides_of(grad_x), strides_of(x)

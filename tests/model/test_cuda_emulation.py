@@ -7,7 +7,6 @@ that must not be touched.
 
 import ctypes
 import mmap
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def described(inputs, library, card):
     return [cuda.describe(*inputs[:2], backward).split()[0] for backward in (False, True)]
 
 
-# (B, D, H, W, K) and the card; between them every path: parts and partial sums, several images for a cluster, one stage.
+# (B, D, H, W, K) and the card; between them every path: parts, partial sums, several images for a cluster, one stage.
 CASES = [
     ((1, 1, 1, 1, 1), FEW),
     ((3, 40, 1, 7, 16), FEW),

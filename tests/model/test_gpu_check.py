@@ -33,7 +33,9 @@ def test_correctness_finds_a_wrong_result(monkeypatch):
     monkeypatch.setattr(gpu_parts, "results", slightly_wrong)
     report = gpu_parts.Report()
     gpu_parts.correctness("cpu", report, [(2, 130, 13, 15, 33)])
-    assert "encoded: error" in failed(report)["equals the float64 twin: float32 contiguous B,D,H,W,K=(2, 130, 13, 15, 33)"]
+    assert (
+        "encoded: error" in failed(report)["equals the float64 twin: float32 contiguous B,D,H,W,K=(2, 130, 13, 15, 33)"]
+    )
 
 
 def test_the_operator_passes_on_the_cpu():
@@ -54,7 +56,9 @@ def test_speed_measures_every_contender_and_judges_it(monkeypatch):
         assert row["ours_ms"] > 0
         if row["pass"] != "backward":
             assert {"twin_over_ours_ms", "compiled_over_ours_ms"} <= row.keys()
-    row = dict(rows[0], what="speed", dtype="bfloat16", positions=8100, share_percent=49.9, ours_gpu_ms=1.0, twin_gpu_ms=0.9)
+    row = dict(
+        rows[0], what="speed", dtype="bfloat16", positions=8100, share_percent=49.9, ours_gpu_ms=1.0, twin_gpu_ms=0.9
+    )
     judged = gpu_parts.Report(rows=[row | {"pass": "backward"}, row | {"pass": "forward", "share_percent": 60.0}])
     gpu_parts.targets(judged)
     assert [wrong for name, wrong in judged.checks.items() if "copy's rate" in name] == ["49.9 %", None]
