@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
-        check_interface(loaded, LIBRARY.name)
+        check_interface(loaded.encnet_interface(), LIBRARY.name)
         array = c_void_p
         inputs: list[Any] = [POINTER(Sizes), POINTER(Features), array, array]
         loaded.encnet_torch_encode.argtypes = [*inputs, array, c_int32]

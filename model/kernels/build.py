@@ -37,7 +37,7 @@ X86_INSTRUCTIONS = {
 }
 HOSTS = {"torch": ["-fopenmp"], "ort": []}
 
-CUDA_HOSTS = {"cuda": [], "ort_cuda": ["ort_cuda_host.cpp"]}
+CUDA_HOSTS = ["cuda", "ort_cuda"]
 CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]  # of the fat library, which adds PTX of the last one
 NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static"]
 NVCC_HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall"]
@@ -191,9 +191,9 @@ def kernel_units() -> dict[str, list[str]]:
 
 
 def compile_cuda(nvcc: list[str], architectures: list[str], folder: Path) -> list[str]:
-    """The kernels for every type, pass and architecture as object files in `folder`, a compiler per core: their paths."""
+    """The kernels for every type, pass and architecture as object files in `folder`, with one compiler per core."""
     units = {name: [*macros, str(SOURCES / "encoding_cuda.cu")] for name, macros in kernel_units().items()}
-    units["dispatch"] = [str(SOURCES / "cuda_dispatch.cpp")]
+    units["cuda_dispatch"] = [str(SOURCES / "cuda_dispatch.cpp")]
     common = [*nvcc_command(nvcc), *architecture_flags(architectures)]
     commands = [[*common, *unit, "-c", "-o", str(folder / f"{name}.o")] for name, unit in units.items()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -203,7 +203,9 @@ def compile_cuda(nvcc: list[str], architectures: list[str], folder: Path) -> lis
 
 def link_cuda(nvcc: list[str], host: str, objects: list[str], library: Path) -> None:
     made = Path(objects[0]).with_name(library.name)
-    sources = [str(SOURCES / source) for source in CUDA_HOSTS[host]]
+    sources = []
+    if host == "ort_cuda":  # holds the CPU kernel as well
+        sources = [str(SOURCES / "ort_cuda_host.cpp"), *compile_kernel(compiler(), made.parent)]
     run([*nvcc_command(nvcc), "-shared", *sources, *objects, "-Xlinker", "--exclude-libs,ALL", "-o", str(made)])
     made.replace(library)
 
@@ -212,7 +214,7 @@ def build_cuda(nvcc: list[str], architectures: list[str]) -> bool:
     """The libraries for NVIDIA GPUs of these architectures; whether all are there now."""
     return update(
         f"the Encoding kernels for CUDA (sm_{', sm_'.join(architectures)})",
-        list(CUDA_HOSTS),
+        CUDA_HOSTS,
         OUTPUT / "digest-cuda",
         digest(nvcc, *architectures),
         lambda folder: compile_cuda(nvcc, architectures, folder),

@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL | None:
 def load(path: Path) -> ctypes.CDLL:
     """Raises OSError or AttributeError for what is not our library."""
     loaded = ctypes.CDLL(str(path))
-    check_interface(loaded, path.name)
+    check_interface(loaded.encnet_cuda_interface(), path.name)
     pointers: list[Any] = [POINTER(Sizes), POINTER(Features)]
     array = c_void_p
     loaded.encnet_cuda_workspace.argtypes = [*pointers, c_int32, c_int32, POINTER(c_int64)]

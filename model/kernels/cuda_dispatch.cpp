@@ -71,4 +71,4 @@ int encnet_encode_backward_cuda(const encnet_sizes *sizes, const encnet_features
 
 const char *encnet_cuda_error(int status) { return cuda_forward_float32.error_text(status - ENCNET_CUDA_ERROR); }
 
-int encnet_interface(void) { return ENCNET_INTERFACE; }
+int encnet_cuda_interface(void) { return ENCNET_INTERFACE; }

@@ -70,23 +70,30 @@ int vector_of(const encnet_features &x, bool channels_last) {
     return int(size);
 }
 
-// Fill in clusters, parts and blocks for a kernel that fits. False where the device cannot run it.
+// Fill in clusters, parts and blocks for a kernel that fits: few partial sums where that is fast enough. `*runs` stays
+// false where the device cannot run it.
 int spread(const CudaCall &call, const Limits &limits, Plan *plan, bool *runs) {
+    const int64_t batch = call.sizes->batch;
+    int64_t least_turns = 0;  // tiles that the busiest block takes
     for (int cluster = limits.most_in_cluster; cluster >= 1; cluster /= 2) {
         if (cluster > 1 && cluster > plan->tiles) continue;
-        plan->launch.cluster = cluster;
+        Launch launch = plan->launch;
+        launch.cluster = cluster;
         int at_once = 0;
-        if (int failed = clusters_at_once(plan->choice.kernel, plan->launch, call.cuda->device, limits, &at_once))
-            return failed;
+        if (int failed = clusters_at_once(plan->choice.kernel, launch, call.cuda->device, limits, &at_once)) return failed;
         if (at_once < 1) continue;
-        const int64_t batch = call.sizes->batch, most = plan->tiles / cluster;
-        plan->parts = at_once / batch < most ? at_once / batch : most;
-        if (plan->parts < 1) plan->parts = 1;
-        const int64_t items = batch * plan->parts, clusters = items < at_once ? items : at_once;
-        plan->launch.blocks = clusters * cluster;
-        plan->partials = BACKWARD ? (clusters > 1 ? clusters : 0) : (plan->parts > 1 ? items : 0);
+        const int64_t most = (plan->tiles + cluster - 1) / cluster;
+        int64_t parts = at_once / batch < most ? at_once / batch : most;
+        if (parts < 1) parts = 1;
+        const int64_t items = batch * parts, clusters = items < at_once ? items : at_once;
+        const int64_t turns = (items + clusters - 1) / clusters * ((most + parts - 1) / parts);
+        if (*runs && 4 * turns > 3 * least_turns) continue;
         *runs = true;
-        return 0;
+        least_turns = turns;
+        launch.blocks = clusters * cluster;
+        plan->launch = launch;
+        plan->parts = parts;
+        plan->partials = BACKWARD ? (clusters > 1 ? clusters : 0) : (parts > 1 ? items : 0);
     }
     return 0;
 }

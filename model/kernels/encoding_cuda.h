@@ -39,6 +39,8 @@ ENCNET_API int encnet_encode_backward_cuda(const encnet_sizes *sizes, const encn
 ENCNET_API const char *encnet_cuda_describe(const encnet_sizes *sizes, const encnet_features *x, int32_t device,
                                             int32_t backward);
 
+ENCNET_API int encnet_cuda_interface(void); /* ENCNET_INTERFACE */
+
 /* The text of a status of 100 and more, as the CUDA runtime words it. */
 ENCNET_API const char *encnet_cuda_error(int status);
 

@@ -1,4 +1,6 @@
-// The kernels as ONNX Runtime's custom op encnet::Encoding in its CUDA execution provider, on the stream of the session.
+// ONNX Runtime's library for NVIDIA GPUs: the op on the session's stream. It holds the op for CPUs as well, because ONNX
+// Runtime goes over to the CPU where its CUDA provider does not start, and does not fall back on the file's own function
+// once an op of that name is registered.
 
 #include <cuda_runtime_api.h>
 
@@ -7,9 +9,7 @@
 
 namespace {
 
-const char *const EXECUTION_PROVIDER = "CUDAExecutionProvider";
-
-OrtStatus *compute(void *self, OrtKernelContext *context) {
+OrtStatus *compute_on_cuda(void *self, OrtKernelContext *context) {
     const Kernel &kernel = *static_cast<Kernel *>(self);
     Call call;
     void *stream = nullptr;
@@ -35,5 +35,9 @@ OrtStatus *compute(void *self, OrtKernelContext *context) {
     snprintf(why, sizeof why, "the kernel failed, encnet_status %d", status);
     return failed(kernel.ort, why);
 }
+
+const Op OPS[] = {encoding_op("CUDAExecutionProvider", compute_on_cuda),
+                  encoding_op("CPUExecutionProvider", compute_on_cpu)};
+const int OP_COUNT = 2;
 
 }  // namespace

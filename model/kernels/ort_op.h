@@ -1,5 +1,5 @@
-// The custom op encnet::Encoding for ONNX Runtime but for its arithmetic, which ort_host.cpp (CPU) and ort_cuda_host.cpp
-// add: x (B, D, H, W) float or float16, codewords (K, D) float, scale (K,) float -> encoded (B, K, D) float; attribute
+// The custom op encnet::Encoding for ONNX Runtime, on the CPU; ort_cuda_host.cpp adds the arithmetic on NVIDIA GPUs:
+// x (B, D, H, W) float or float16, codewords (K, D) float, scale (K,) float -> encoded (B, K, D) float; attribute
 // reference_positions (0 where it is left out).
 //
 // A file that carries the op's body as a model-local function runs without these libraries too; see
@@ -113,9 +113,37 @@ OrtStatus *prepare(const Kernel &kernel, OrtKernelContext *context, Call *call) 
     return nullptr;
 }
 
-// The host's arithmetic and the execution provider whose memory it works in.
-OrtStatus *compute(void *kernel, OrtKernelContext *context);
-extern const char *const EXECUTION_PROVIDER;
+// ONNX Runtime's threads as the kernel asks for them. A refusal is kept, and the work done one after another.
+struct Threads {
+    const Ort &ort;
+    const OrtKernelContext *context;
+
+    static void run(void *self, size_t count, encnet_task task, void *work) {
+        const Threads &threads = *static_cast<Threads *>(self);
+        if (OrtStatus *refusal = threads.ort.parallel_for(threads.context, task, count, work)) {
+            threads.ort.release(refusal);
+            for (size_t index = 0; index < count; ++index) task(work, index);
+        }
+    }
+};
+
+OrtStatus *compute_on_cpu(void *self, OrtKernelContext *context) {
+    const Kernel &kernel = *static_cast<Kernel *>(self);
+    Call call;
+    if (OrtStatus *status = prepare(kernel, context, &call)) return status;
+    Threads pool{kernel.ort, context};
+    const encnet_threads threads{Threads::run, &pool};
+    const int status = encnet_encode_cpu(&call.sizes, &call.x, call.codewords, call.scale, call.encoded, &threads);
+    if (!status) return nullptr;
+    char why[64];
+    snprintf(why, sizeof why, "the kernel failed, encnet_status %d", status);
+    return failed(kernel.ort, why);
+}
+
+// The op in one execution provider's memory.
+struct Op : OrtCustomOp {
+    const char *provider;
+};
 
 OrtStatus *create_kernel(const OrtCustomOp *, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
     const Ort ort{api};
@@ -131,11 +159,12 @@ OrtStatus *create_kernel(const OrtCustomOp *, const OrtApi *api, const OrtKernel
     return nullptr;
 }
 
-OrtCustomOp encoding_op() {
-    OrtCustomOp op{};
+Op encoding_op(const char *provider, OrtStatus *(*compute)(void *kernel, OrtKernelContext *context)) {
+    Op op{};
+    op.provider = provider;
     op.version = ORT_VERSION;
     op.GetName = [](const OrtCustomOp *) { return "Encoding"; };
-    op.GetExecutionProviderType = [](const OrtCustomOp *) { return EXECUTION_PROVIDER; };
+    op.GetExecutionProviderType = [](const OrtCustomOp *self) { return static_cast<const Op *>(self)->provider; };
     op.GetInputTypeCount = [](const OrtCustomOp *) { return size_t{3}; };
     op.GetInputType = [](const OrtCustomOp *, size_t index) { return index == 0 ? ORT_ANY_TYPE : ORT_FLOAT; };
     op.GetOutputTypeCount = [](const OrtCustomOp *) { return size_t{1}; };
@@ -149,12 +178,15 @@ OrtCustomOp encoding_op() {
     return op;
 }
 
+// The host's table: the op once for each execution provider, and how many there are.
+extern const Op OPS[];
+extern const int OP_COUNT;
+
 // The op in its domain; null where ONNX Runtime refuses it.
 OrtCustomOpDomain *make_domain(const Ort &ort) {
-    static const OrtCustomOp op = encoding_op();
     OrtCustomOpDomain *domain = nullptr;
     OrtStatus *refusal = ort.create_domain("encnet", &domain);
-    if (!refusal) refusal = ort.add_op(domain, &op);
+    for (int i = 0; i < OP_COUNT && !refusal; ++i) refusal = ort.add_op(domain, &OPS[i]);
     if (!refusal) return domain;
     ort.release(refusal);
     return nullptr;

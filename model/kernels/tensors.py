@@ -1,6 +1,5 @@
 """Tensors as encoding.h's C interface takes them: by pointer, strides and type."""
 
-import ctypes
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 import torch
@@ -32,10 +31,10 @@ class Features(Structure):
     )
 
 
-def check_interface(library: ctypes.CDLL, name: str) -> None:
-    """Raises OSError for a library that was built from another encoding.h, AttributeError for one that is not ours."""
-    if library.encnet_interface() != INTERFACE:
-        raise OSError(f"{name} has interface {library.encnet_interface()}, wanted {INTERFACE}")
+def check_interface(found: int, name: str) -> None:
+    """Raises OSError for a library that was built from another encoding.h."""
+    if found != INTERFACE:
+        raise OSError(f"{name} has interface {found}, wanted {INTERFACE}")
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -50,17 +50,19 @@ def test_speed_measures_every_contender_and_judges_it(monkeypatch):
     report = gpu_parts.Report()
     gpu_parts.speed("cpu", report, batch=1, positions=(30,), channels=16, rounds=1, copies=1)
     rows = [row for row in report.rows if row["what"] == "speed"]
-    assert len(rows) == 12  # two types, two layouts, three passes
+    assert len(rows) == 13  # two types, two layouts, three passes; and the general path
     for row in rows:
         assert not [key for key in row if key.endswith("_failed")]
         assert row["ours_ms"] > 0
         if row["pass"] != "backward":
-            assert {"twin_over_ours_ms", "compiled_over_ours_ms"} <= row.keys()
+            wanted = {"twin", "compiled", "broadcast"} if row["layout"] == "contiguous" else {"twin"}
+            assert {f"{name}_over_ours_ms" for name in wanted} <= row.keys()
     row = dict(
         rows[0], what="speed", dtype="bfloat16", positions=8100, share_percent=49.9, ours_gpu_ms=1.0, twin_gpu_ms=0.9
     )
-    judged = gpu_parts.Report(rows=[row | {"pass": "backward"}, row | {"pass": "forward", "share_percent": 60.0}])
-    gpu_parts.targets(judged)
+    judged = gpu_parts.Report()
+    gpu_parts.judge(row | {"pass": "backward"}, judged)
+    gpu_parts.judge(row | {"pass": "forward", "share_percent": 60.0}, judged)
     assert [wrong for name, wrong in judged.checks.items() if "copy's rate" in name] == ["49.9 %", None]
     assert [wrong for name, wrong in judged.checks.items() if "the twin" in name] == ["0.90x", "0.90x"]
 
