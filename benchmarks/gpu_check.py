@@ -7,11 +7,13 @@ The exit status is 0 where every check passed, 1 where one failed and 2 without 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,15 +47,17 @@ def empty(**more: Any) -> Part:
 
 
 def run_command(command: list[str], seconds: float) -> tuple[int | None, str]:
-    """Exit status (None: it took too long and was ended) and what it printed."""
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired as error:
-        printed = error.stdout or b""
-        return None, printed.decode(errors="replace") if isinstance(printed, bytes) else printed
-    return done.returncode, done.stdout
+    """Exit status (None: it took too long and was ended, with all it had started) and what it printed."""
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
+        status = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(seconds)
+        if status is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        printed.seek(0)
+        return status, printed.read()
 
 
 def build(seconds: float) -> Part:
