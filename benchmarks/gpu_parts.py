@@ -397,7 +397,7 @@ def speed(
                 where = {"dtype": str(dtype)[6:], "layout": layout, "positions": count, "batch": batch}
                 add_backward(every, where, rate, device, report, rounds)
                 for passes in ("forward", "forward + backward"):
-                    contenders = {"ours": encode, "twin": encode_reference}
+                    contenders: dict[str, Callable[..., Tensor]] = {"ours": encode, "twin": encode_reference}
                     if layout == "contiguous":
                         torch.compiler.reset()
                         contenders["compiled"] = torch.compile(encode_reference, dynamic=False)
