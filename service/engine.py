@@ -274,8 +274,7 @@ def _open_session(model: Path, providers: list[Any], threads: int) -> ort.Infere
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
-    if providers == ["CPUExecutionProvider"]:  # beside CUDA, a kernel for the CPU would fetch the features from the GPU
-        kernels.register(options)
+    kernels.register(options, cuda=providers != ["CPUExecutionProvider"])
     try:
         return ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
