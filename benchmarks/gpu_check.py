@@ -33,6 +33,7 @@ SECONDS = {
     "overhead": 20,
     "speed": 190,
     "onnx_runtime": 40,
+    "service": 150,
     "sanitized": 100,
 }
 TOTAL_SECONDS = 520

@@ -604,6 +604,16 @@ def onnx_runtime(device: str, report: Report) -> None:
             assert '"op_name" : "Encoding"' in nodes, "the function in the file ran, not the kernel"
 
 
+def service(device: str, report: Report) -> None:
+    """The targets of serving: benchmarks/gpu_service.py, which needs what serving and export need."""
+    try:
+        from benchmarks import gpu_service
+    except ImportError as error:
+        report.not_run.append(f"service: {error}")
+        return
+    gpu_service.service(device, report)
+
+
 PARTS: dict[str, Callable[[str, Report], None]] = {
     "correctness": correctness,
     "operator": operator,
@@ -611,5 +621,6 @@ PARTS: dict[str, Callable[[str, Report], None]] = {
     "overhead": overhead,
     "speed": speed,
     "onnx_runtime": onnx_runtime,
+    "service": service,
     "sanitized": sanitized,
 }

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 SIDE = 480
 CLIENTS = (1, 8, 32)
 SHAPES = 500
+MODEL = ModelConfig(num_classes=150, backbone="resnet50s", reference_positions=3600.0)
 
 MOST_MS = 20.0  # six scales with mirroring of a 480x480 picture
 LEAST_SPEEDUP = 10.0  # over the authors' window protocol in eager PyTorch
@@ -101,13 +102,15 @@ def copies(file: Path, device: str, image: np.ndarray) -> dict[str, int]:
     import onnxruntime as ort
 
     from service import kernels
-    from service.engine import _providers
+    from service.engine import execution_providers
 
     options = ort.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(file.with_suffix(""))
     kernels.register(options, cuda=device == "cuda")
-    session = ort.InferenceSession(file, options, providers=_providers(device, 0))
+    session = ort.InferenceSession(
+        file, options, providers=execution_providers("cuda" if device == "cuda" else "cpu", 0)
+    )
     feeds = {"image": image[None], "scales": np.asarray(AUTHORS_SCALES, np.float32), "flip": np.bool_(True)}
     session.run(("mask", "presence"), feeds)
     profile = Path(session.end_profiling())
@@ -141,8 +144,10 @@ def serving(file: Path, device: str) -> Iterator[str]:
         process.wait(30)
 
 
-def service(device: str, report: Report, backbone: str = "resnet50s", classes: int = 150, shapes: int = SHAPES) -> None:
-    """Every target of serving on a GPU; `backbone`, `classes` and `shapes` are made small for a rehearsal."""
+def service(
+    device: str, report: Report, config: ModelConfig = MODEL, shapes: int = SHAPES, clients: Sequence[int] = CLIENTS
+) -> None:
+    """Every target of serving on a GPU; `config`, `shapes` and `clients` are made small for a rehearsal."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (export needs it)
@@ -155,7 +160,7 @@ def service(device: str, report: Report, backbone: str = "resnet50s", classes: i
         report.not_run.append("service: this build of ONNX Runtime has no CUDAExecutionProvider")
         return
     image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-    network = seeded_network(ModelConfig(num_classes=classes, backbone=backbone, reference_positions=3600.0))
+    network = seeded_network(config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with report.check("the model is exported"):
@@ -210,7 +215,7 @@ def service(device: str, report: Report, backbone: str = "resnet50s", classes: i
             report.rows.append({"what": "new shapes", **row, "megabytes_taken": taken})
             assert worst <= MOST_MS_OVER_WARM or device == "cpu", f"{worst:.0f} ms"
         with report.check("the server serves"):
-            for row in throughput(half, "cuda" if device == "cuda" else "cpu"):
+            for row in throughput(half, "cuda" if device == "cuda" else "cpu", clients):
                 report.rows.append({"what": "server", **row})
 
 
@@ -221,12 +226,12 @@ def engine_ms(engine: Any, image: np.ndarray) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def throughput(file: Path, device: str) -> list[dict[str, Any]]:
+def throughput(file: Path, device: str, clients: Sequence[int]) -> list[dict[str, Any]]:
     """Pictures a second and latency at several numbers of clients, from the load command itself."""
     with serving(file, device) as url, tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "bench.json"
-        clients = ",".join(map(str, CLIENTS))
-        command = ["bench", f"{url}/segment?format=png", "--concurrency", clients, "--duration", "4"]
+        numbers = ",".join(map(str, clients))
+        command = ["bench", f"{url}/segment?format=png", "--concurrency", numbers, "--duration", "4"]
         done = subprocess.run(
             [sys.executable, "-m", "service", *command, "--json", str(output)], cwd=ROOT, capture_output=True, text=True
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_parts
+from benchmarks import gpu_check, gpu_parts, gpu_service
+from model.config import ModelConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +77,18 @@ def test_overhead_memory_and_onnx_runtime_run_on_the_cpu():
     assert all(row["microseconds"] > 0 for row in report.rows)
     wrong = failed(report)
     assert not wrong or all("not registered" in words for words in wrong.values())  # no compiled kernel here
+
+
+def test_the_services_targets_are_measured_on_the_cpu_too():
+    report = gpu_parts.Report()
+    config = ModelConfig(num_classes=5, backbone="resnet18", output_stride=16, channels=32, codewords=4)
+    gpu_service.service("cpu", report, config, shapes=2, clients=(1,))
+    assert not failed(report)
+    assert not report.not_run
+    measured = {row["what"]: row for row in report.rows}
+    assert measured["equal labels"]["share"] >= gpu_service.LEAST_EQUAL
+    assert measured["authors' windows, eager"]["ratio"] > 0
+    assert measured["server"]["statuses"].keys() == {"200"}
 
 
 def test_a_part_that_dies_loses_nothing_else(tmp_path, monkeypatch, capsys):
