@@ -70,9 +70,10 @@ async def _service_error(request: Request, error: Exception) -> Response:
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    path = request.scope["path"]
     message = {
-        404: f"there is nothing at {request.url.path}; /docs lists what there is",
-        405: f"{request.method} is not possible at {request.url.path}",
+        404: f"there is nothing at {path}; /docs lists what there is",
+        405: f"{request.method} is not possible at {path}",
     }.get(error.status_code, str(error.detail))
     return fault_response(request, error.status_code, code, message, error.headers)
 

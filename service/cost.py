@@ -31,6 +31,11 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
+def _windows(length: int, window: int, stride: int) -> int:
+    """How many `window_starts` there are."""
+    return 1 if length <= window else len(range(0, length - window, stride)) + 1
+
+
 def work_of(
     width: int,
     height: int,
@@ -44,7 +49,7 @@ def work_of(
     pictures = 1
     if window:
         step = stride or window
-        pictures = len(window_starts(width, window, step)) * len(window_starts(height, window, step))
+        pictures = _windows(width, window, step) * _windows(height, window, step)
         width, height = min(width, window), min(height, window)
     long, short = max(width, height), min(width, height)
     network = sum(math.ceil(base_size * scale) * max(1, round(base_size * scale * short / long)) for scale in scales)

@@ -17,6 +17,7 @@ HEIC and HEIF are refused by name, as Pillow does not read them; AVIF is read wh
 
 import io
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from service.errors import InputError
 
 Image.init()  # Pillow loads its readers late otherwise, and the first bad upload would pay for it
+
+DECODE_SECONDS = 10.0  # for one file; a JPEG of thousands of scans would take hours, and no thread can be killed
 
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
 
@@ -100,6 +103,20 @@ def reduced_size(width: int, height: int, max_side: int | None) -> tuple[int, in
     return max(1, round(width * ratio)), max(1, round(height * ratio))
 
 
+class _TimedFile(io.BytesIO):
+    """A picture file whose reading ends DECODE_SECONDS after it was opened: Pillow decodes from read to read."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._until = time.monotonic() + DECODE_SECONDS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file. Raises InputError when the time is over."""
+        if time.monotonic() > self._until:
+            raise InputError("unsupported", f"the picture takes longer than {DECODE_SECONDS:g} s to decode")
+        return super().read(size)
+
+
 @contextmanager
 def _opened(data: bytes, max_bytes: int, max_pixels: int) -> Iterator[Image.Image]:
     """The picture with its header read and its limits checked; what fails in the body becomes InputError too."""
@@ -108,7 +125,7 @@ def _opened(data: bytes, max_bytes: int, max_pixels: int) -> Iterator[Image.Imag
     if len(data) > max_bytes:
         raise too_many_bytes(max_bytes)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(_TimedFile(data), formats=FORMATS) as image:
             _check_pixels(image.size, max_pixels)
             yield image
     except (InputError, MemoryError):

@@ -7,6 +7,7 @@ from service import __version__
 from service.answers import (
     ClassEntry,
     ClassesAnswer,
+    ErrorAnswer,
     HealthAnswer,
     HealthModel,
     ModelEntry,
@@ -55,7 +56,7 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
     async def readyz(response: Response) -> StateAnswer:
         return _state(not_ready(models), response)
 
-    @router.get("/healthz", summary="Is the service up, and with which model?")
+    @router.get("/healthz", summary="Is the service up, and with which model?", responses={503: {"model": ErrorAnswer}})
     async def healthz() -> HealthAnswer:
         engine = models.pipeline().engine
         return HealthAnswer(
@@ -65,7 +66,12 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
             model=_facts(engine),
         )
 
-    @router.get("/metrics", summary="Counters for Prometheus", response_class=Response)
+    @router.get(
+        "/metrics",
+        summary="Counters for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
@@ -85,7 +91,12 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
             )
         return ModelsAnswer(models=entries)
 
-    @router.get("/classes", summary="Names, ids and colours of the classes", tags=["segmentation"])
+    @router.get(
+        "/classes",
+        summary="Names, ids and colours of the classes",
+        tags=["segmentation"],
+        responses={status: {"model": ErrorAnswer} for status in (404, 422, 503)},
+    )
     async def classes(model: str | None = None) -> ClassesAnswer:
         engine = models.pipeline(model).engine
         pairs = zip(engine.metadata.classes, engine.metadata.palette, strict=True)

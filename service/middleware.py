@@ -96,7 +96,7 @@ class RequestContext:
 
     def _check_key(self, request: Request) -> None:
         """Raises InputError where keys are asked for and the request shows none of them."""
-        path = request.url.path
+        path = request.scope["path"]  # never of request.url, which the Host header is a part of
         if not self.keys or path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or request.method == "OPTIONS":
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -112,10 +112,10 @@ class RequestContext:
         if status == 499:
             self.metrics.departed.inc()
         self.metrics.requests.labels(route, str(status), reason).inc()
-        level = logging.DEBUG if request.url.path in _QUIET else logging.INFO
-        facts = {"method": request.method, "path": request.url.path, "status": status, "reason": reason}
+        level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
+        facts = {"method": request.method, "path": scope["path"], "status": status, "reason": reason}
         if _log.isEnabledFor(level):
-            line = f"{request.method} {request.url.path} {status} {reason} {seconds * 1000:.1f} ms"
+            line = f"{request.method} {scope['path']} {status} {reason} {seconds * 1000:.1f} ms"
             _log.log(level, line, extra={**facts, "ms": round(seconds * 1000, 2)})
 
 
@@ -124,7 +124,8 @@ def fault_response(
 ) -> Response:
     """The body of every error; under /v2 that of the Open Inference Protocol, {"error": message}."""
     request.state.reason = code
-    if request.url.path == "/v2" or request.url.path.startswith("/v2/"):
+    path = request.scope["path"]
+    if path == "/v2" or path.startswith("/v2/"):
         return JSONResponse({"error": message}, status, headers)
     body = ErrorAnswer(error=Fault(code=code, message=message, request_id=request.state.request_id))
     return JSONResponse(body.model_dump(), status, headers)

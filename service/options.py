@@ -81,7 +81,7 @@ class Options(BaseModel):
     def _stride_fits(self) -> "Options":
         if self.stride is not None and self.window is None:
             raise ValueError("stride needs window")
-        if self.stride is not None and self.window is not None and not self.window / 8 <= self.stride <= self.window:
+        if self.stride is not None and self.window is not None and not self.stride <= self.window <= 8 * self.stride:
             raise ValueError(f"stride must be from {-(-self.window // 8)} (an eighth) to {self.window}, the window")
         return self
 
@@ -126,7 +126,7 @@ def option_pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
             continue
         parts = value if isinstance(value, list) else [value]
         if not all(isinstance(part, str | int | float) for part in parts):
-            raise InputError("invalid_option", f"option {name[:64]} must be a text, a number, true, false or a list")
+            raise InputError("invalid_option", f"option {name[:64]!r} must be a text, a number, true, false or a list")
         pairs.append((name, ",".join(str(part) for part in parts)))
     return pairs
 
@@ -135,16 +135,12 @@ def chosen_classes(options: Options, classes: Sequence[str]) -> list[int] | None
     """Ids of the classes asked for, in id order; None for all. Raises InputError for one that the model lacks."""
     if options.classes is None:
         return None
-    ids = set()
+    known = {str(index): index for index in range(len(classes))} | {name: index for index, name in enumerate(classes)}
     for asked in options.classes:
-        if asked in classes:
-            ids.add(classes.index(asked))
-        elif asked.isdecimal() and int(asked) < len(classes):
-            ids.add(int(asked))
-        else:
+        if asked not in known:
             some = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
             raise InputError("invalid_option", f"option classes: the model has no class {asked[:64]!r}; it has {some}")
-    return sorted(ids)
+    return sorted({known[asked] for asked in options.classes})
 
 
 def _sentence(fault: Any, given: dict[str, str]) -> str:

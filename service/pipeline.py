@@ -18,7 +18,7 @@ import numpy as np
 from service.cost import Work
 from service.device import Device, Job
 from service.engine import Engine, Plan, Segmentation
-from service.errors import Refusal
+from service.errors import InputError, Refusal
 from service.images import Picture, decode, read_size, reduced_size
 from service.options import Options, chosen_classes
 from service.settings import Settings
@@ -69,8 +69,18 @@ class Pipeline:
         return self.device.engine
 
     def estimate(self, width: int, height: int, plan: Plan) -> Estimate:
-        """What a picture of width x height pixels would cost now."""
+        """What a picture of width x height pixels would cost now.
+
+        Raises InputError for windows beyond the limit: there is no other bound on what they cost.
+        """
         work = self.engine.work(width, height, plan)
+        limit = self.settings.max_queue_pixels
+        if plan.window and work.cost > limit:
+            raise InputError(
+                "invalid_option",
+                f"option window: windows of {plan.window} pixels in steps of {plan.stride} cost {work.cost} pixels for "
+                f"this picture, at most {limit} are let in; choose larger ones, or max_side",
+            )
         wait = max(0.0, self._unfinished_s - self.device.seconds_of_running)
         return Estimate(work, self.device.cost_model.predict(work), wait)
 
@@ -85,10 +95,9 @@ class Pipeline:
             probabilities=options.format == "npz",
         )
 
-    def price(self, data: bytes, options: Options) -> Estimate:
+    async def price(self, data: bytes, options: Options, deadline: float) -> Estimate:
         """What segmenting a picture file would cost, from its header alone. Raises InputError and Refusal."""
-        width, height = reduced_size(*self._size(data), options.max_side)
-        return self.estimate(width, height, self.plan(options))
+        return self.estimate(*await self._size(data, options, deadline), self.plan(options))
 
     async def segment(
         self,
@@ -111,7 +120,7 @@ class Pipeline:
             deadline = time.monotonic() + timeout_s
         plan = plan or self.plan(options)
         if isinstance(source, bytes):
-            width, height = reduced_size(*self._size(source), options.max_side)
+            width, height = await self._size(source, options, deadline)
         else:
             height, width = source.shape[:2]
         with self._admission(self.estimate(width, height, plan), deadline) as estimate:
@@ -140,8 +149,10 @@ class Pipeline:
     def _limits(self) -> dict[str, int]:
         return {"max_bytes": self.settings.max_bytes, "max_pixels": self.settings.max_pixels}
 
-    def _size(self, data: bytes) -> tuple[int, int]:
-        return read_size(data, **self._limits())
+    async def _size(self, data: bytes, options: Options, deadline: float) -> tuple[int, int]:
+        """Width and height to segment. Read in the pool, as a hostile file has a header that takes seconds."""
+        size, _, _ = await in_pool(self.workers, partial(read_size, data, **self._limits()), deadline)
+        return reduced_size(*size, options.max_side)
 
     @contextmanager
     def _admission(self, estimate: Estimate, deadline: float) -> Iterator[Estimate]:
@@ -204,7 +215,7 @@ class Pipeline:
 async def in_pool(workers: ThreadPoolExecutor, work: Callable[[], T], deadline: float) -> tuple[T, float, float]:
     """Run work on a thread of the pool: its result, and for how long it waited and ran, in milliseconds.
 
-    Raises what the work raises, and Refusal where its turn comes too late or memory runs out.
+    Raises what the work raises, and Refusal at the deadline, even if the work goes on, or where memory runs out.
     """
     asked = time.perf_counter()
 
@@ -218,7 +229,11 @@ async def in_pool(workers: ThreadPoolExecutor, work: Callable[[], T], deadline: 
             raise Refusal("overloaded", "there is no memory for this picture now", 1.0) from None
         return result, (begun - asked) * 1000, (time.perf_counter() - begun) * 1000
 
-    return await asyncio.get_running_loop().run_in_executor(workers, timed)
+    running = asyncio.get_running_loop().run_in_executor(workers, timed)
+    try:
+        return await asyncio.wait_for(running, max(0.0, deadline - time.monotonic()))
+    except TimeoutError:
+        raise _too_late() from None
 
 
 def _too_late() -> Refusal:

@@ -37,7 +37,7 @@ from service.formats import FORMATS, FormatName, choose_format
 from service.metrics import Metrics
 from service.models import Models
 from service.options import Options, chosen_classes, parse_options
-from service.pipeline import Pipeline, Result, in_pool
+from service.pipeline import Estimate, Pipeline, Result, in_pool
 from service.polygons import polygons
 from service.presence import PresenceRow, only_classes, presence_rows
 from service.render import mask_png, overlay_picture
@@ -98,7 +98,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         picture = await fetched(upload, deadline)
         pipeline = models.pipeline(options.model)
         if options.dry_run:
-            return _prediction(pipeline, picture, options)
+            return _prediction(pipeline, await pipeline.price(picture, options, deadline))
         async with departure(request) as departed:
             result = await pipeline.segment(picture, options, deadline=deadline, departed=departed)
         labelled = _labelled(pipeline, result, options)
@@ -119,7 +119,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         description="A form with several files `image` and one set of options. Each picture has its own answer or its "
         "own error; a bad one fails alone. Formats: `json` and `rle`.",
         response_model=BatchAnswer,
-        responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 422, 429, 503)},
+        responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 415, 422, 429, 503)},
         openapi_extra=_request_body(several=True),
     )
     async def segment_batch(request: Request) -> Response:
@@ -259,8 +259,7 @@ def _headers(result: Result, timings: Timings) -> dict[str, str]:
     }
 
 
-def _prediction(pipeline: Pipeline, picture: bytes, options: Options) -> Response:
-    estimate = pipeline.price(picture, options)
+def _prediction(pipeline: Pipeline, estimate: Estimate) -> Response:
     answer = Prediction(
         pixels=estimate.work.cost,
         predicted_ms=estimate.run_s * 1000,
@@ -339,7 +338,7 @@ def _segment_responses() -> dict[int | str, dict[str, Any]]:
     binary = {"schema": {"type": "string", "format": "binary"}}
     return {
         200: {
-            "model": SegmentAnswer,
+            "model": SegmentAnswer | Prediction,
             "description": "Mask, presence and timings, or the mask in the format asked for.",
             "content": {
                 media_type: binary

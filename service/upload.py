@@ -4,11 +4,14 @@ import base64
 import binascii
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
@@ -20,7 +23,9 @@ PICTURE_FIELDS = ("image", "file")
 
 _FORM_OVERHEAD = 64 * 1024  # part headers, boundaries and options around the picture, in bytes
 _MAX_FIELDS = 32
-_DATA_URI = re.compile(r"data:[\w.+/-]*(;[\w=.+-]+)*;base64,", re.ASCII)
+_CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")  # of names and options; some that Python has are slow
+_MAX_COMMAS = 10_000  # in JSON, which has one between two values; base64 has none
+_DATA_URI = re.compile(r"data:[\w.+/-]{0,255}(;[\w=.+-]{1,255}){0,8};base64,", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,7 @@ async def read_upload(request: Request, max_bytes: int) -> Upload:
     """Read a multipart form, a JSON object, or any other body as the picture itself.
 
     In a form the picture is the file field `image` (or `file`), in JSON the data URI `image`, or `{"url": ...}`.
-    Raises InputError with code too_many_bytes, missing_image, several_images or invalid_body, and starlette's
-    HTTPException (400) for a form that cannot be parsed.
+    Raises InputError with code too_many_bytes, missing_image, several_images, invalid_body or unsupported.
     """
     query = request.query_params.multi_items()
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -55,21 +59,40 @@ async def read_upload(request: Request, max_bytes: int) -> Upload:
 async def read_uploads(request: Request, max_bytes: int, max_items: int) -> list[Upload]:
     """Read a multipart form with up to `max_items` pictures of `max_bytes` each; all have the form's options.
 
-    Raises InputError and HTTPException as `read_upload` does.
+    Raises InputError as `read_upload` does.
     """
     limit = max_items * max_bytes + _FORM_OVERHEAD
     total = InputError("too_many_bytes", f"the form is larger than the {limit} bytes allowed")
     bounded = within(request, limit, too_many_bytes(max_bytes) if max_items == 1 else total)
-    limits = {"max_files": max_items + _MAX_FIELDS, "max_fields": _MAX_FIELDS, "max_part_size": _FORM_OVERHEAD}
-    async with bounded.form(**limits) as form:
-        pictures, options = _split(form)
-        if not pictures:
-            raise InputError("missing_image", "the form has no picture: send a file in the field image")
-        if len(pictures) > max_items:
-            allowed = "one for each request" if max_items == 1 else f"at most {max_items}"
-            raise InputError("several_images", f"the form has {len(pictures)} pictures: send {allowed}")
-        options += request.query_params.multi_items()
-        return [Upload(await file.read(), options, name=file.filename or "") for file in pictures]
+    pictures, options = _split(await _form(bounded, max_items + _MAX_FIELDS))
+    if not pictures:
+        raise InputError("missing_image", "the form has no picture: send a file in the field image")
+    if len(pictures) > max_items:
+        allowed = "one for each request" if max_items == 1 else f"at most {max_items}"
+        raise InputError("several_images", f"the form has {len(pictures)} pictures: send {allowed}")
+    options += request.query_params.multi_items()
+    return [Upload(await file.read(), options, name=file.filename or "") for file in pictures]
+
+
+class _InMemory(MultiPartParser):
+    """Keeps files in memory, which the limit on the body bounds: what is sent is never written to a disk."""
+
+    spool_max_size = sys.maxsize
+
+
+async def _form(request: Request, max_files: int) -> FormData:
+    """The parsed form; InputError for one that cannot be."""
+    kind, parameters = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data":
+        raise InputError("missing_image", "the body is no form: send multipart/form-data with files in the field image")
+    if parameters.get(b"charset", b"utf-8").lower() not in _CHARSETS:
+        raise InputError("unsupported", "the charset of the form is not supported; send UTF-8")
+    limits = {"max_files": max_files, "max_fields": _MAX_FIELDS, "max_part_size": _FORM_OVERHEAD}
+    try:
+        return await _InMemory(request.headers, request.stream(), **limits).parse()
+    except (MultiPartException, ValueError) as error:
+        reason = getattr(error, "message", None) or str(error)
+        raise InputError("invalid_body", f"the form cannot be read: {reason.rstrip('.')}") from None
 
 
 def _split(form: FormData) -> tuple[list[UploadFile], list[tuple[str, str]]]:
@@ -91,6 +114,8 @@ def _split(form: FormData) -> tuple[list[UploadFile], list[tuple[str, str]]]:
 
 
 def _from_json(body: bytes, query: list[tuple[str, str]]) -> Upload:
+    if body.count(b",") > _MAX_COMMAS:  # everything would stand still while millions of values are read
+        raise InputError("invalid_body", "the JSON has far more values than there are options")
     try:
         values: Any = json.loads(body)
     except (ValueError, RecursionError):
