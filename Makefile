@@ -44,8 +44,11 @@ lint: .venv/ready ## ruff and mypy
 train-camvid: .venv/ready ## train, evaluate and export the embedded model anew (DATA=, about two hours on two CPU cores)
 	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid --config model/recipes/camvid-resnet18c.toml \
 		$(if $(wildcard runs/camvid/last.pt),--resume)
-	$(TEST_PYTHON) -m model.evaluate runs/camvid/final.pt --data $(DATA)/camvid --split test
-	$(TEST_PYTHON) -m export runs/camvid/final.pt --output runs/camvid/camvid.onnx --compact
+	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid-second \
+		--config model/recipes/camvid-resnet18c-second.toml \
+		$(if $(wildcard runs/camvid-second/last.pt),--resume,--initial runs/camvid/final.pt)
+	$(TEST_PYTHON) -m model.evaluate runs/camvid-second/final.pt --data $(DATA)/camvid --split test
+	$(TEST_PYTHON) -m export runs/camvid-second/final.pt --output runs/camvid-second/camvid.onnx --compact
 
 clean: ## remove the virtual environments, kernels and caches (runs/ stays)
 	rm -rf build .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache
