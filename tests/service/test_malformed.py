@@ -28,6 +28,8 @@ from service.models import Models
 from service.pipeline import in_pool
 from service.settings import Settings
 
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # of which damaged files give many
+
 COUNT = 300
 SEED = 1
 WAIT = 60
