@@ -4,6 +4,7 @@ PYTHON ?= python3
 PORT ?= 8000
 HOST ?= 127.0.0.1
 MODEL ?=
+CUDA ?=
 # Installed only where no torch is importable; a range would take the registry's newest build.
 TORCH ?= torch==2.13.0
 DATA ?= ../shared/data
@@ -14,7 +15,7 @@ SERVE_REQUIREMENTS := service/requirements$(if $(shell command -v nvidia-smi),-g
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test setup lint kernels train-camvid clean
+.PHONY: help serve test setup lint kernels gpu-check train-camvid clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -27,8 +28,11 @@ test: setup lint ## set up and run lint, types and the whole test suite
 	@$(TEST_PYTHON) model/kernels/build.py --quiet
 	$(TEST_PYTHON) -m pytest
 
-kernels: ## compile the Encoding kernels into build/ with g++ or CXX=; everything works without them, slower
-	@$(PYTHON) model/kernels/build.py
+kernels: ## compile the Encoding kernels into build/ with g++ or CXX=, and for a visible GPU with nvcc (CUDA=1: for all)
+	@$(PYTHON) model/kernels/build.py $(if $(CUDA),--cuda)
+
+gpu-check: ## on a machine with an NVIDIA GPU, torch and nvcc: build, check and measure the CUDA kernels (nine minutes)
+	@$(PYTHON) -m benchmarks.gpu_check
 
 setup: .venv/ready ## everything for training, export and tests, in .venv
 
@@ -40,8 +44,11 @@ lint: .venv/ready ## ruff and mypy
 train-camvid: .venv/ready ## train, evaluate and export the embedded model anew (DATA=, about two hours on two CPU cores)
 	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid --config model/recipes/camvid-resnet18c.toml \
 		$(if $(wildcard runs/camvid/last.pt),--resume)
-	$(TEST_PYTHON) -m model.evaluate runs/camvid/final.pt --data $(DATA)/camvid --split test
-	$(TEST_PYTHON) -m export runs/camvid/final.pt --output runs/camvid/camvid.onnx --compact
+	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid-second \
+		--config model/recipes/camvid-resnet18c-second.toml \
+		$(if $(wildcard runs/camvid-second/last.pt),--resume,--initial runs/camvid/final.pt)
+	$(TEST_PYTHON) -m model.evaluate runs/camvid-second/final.pt --data $(DATA)/camvid --split test
+	$(TEST_PYTHON) -m export runs/camvid-second/final.pt --output runs/camvid-second/camvid.onnx --compact
 
 clean: ## remove the virtual environments, kernels and caches (runs/ stays)
 	rm -rf build .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache

@@ -87,9 +87,10 @@ def encode_backward_reference(
     return grad_x.view(batch, height, width, -1).permute(0, 3, 1, 2), grad_codewords, grad_scale
 
 
-def backend() -> str:
-    """What computes `encode` for CPU tensors up to float32: "cpu kernel", or "twin" where no library is loaded."""
-    return "twin" if kernels.library() is None else "cpu kernel"
+def backend(device: str = "cpu") -> str:
+    """What computes `encode` on "cpu" or "cuda" for tensors up to float32: "cpu kernel", "cuda kernel" or "twin"."""
+    library = kernels.cuda.library() if torch.device(device).type == "cuda" else kernels.library()
+    return "twin" if library is None else f"{torch.device(device).type} kernel"
 
 
 @torch.library.custom_op("encnet::encode", mutates_args=())
@@ -143,6 +144,23 @@ def _(
         torch.empty_like(codewords, memory_format=torch.contiguous_format),
         torch.empty_like(scale, memory_format=torch.contiguous_format),
     )
+
+
+def _save_all(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.reference_positions = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    """Second derivatives, which training does not need, are those of the twin."""
+    with torch.enable_grad():
+        grad, x, codewords, scale = inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        gradients = encode_backward_reference(grad, x, codewords, scale, ctx.reference_positions)
+    wanted = [grad.to(gradient.dtype) for grad, gradient in zip(grads, gradients, strict=True)]
+    return *torch.autograd.grad(gradients, inputs, wanted), None
+
+
+encode_backward.register_autograd(_second_backward, setup_context=_save_all)
 
 
 def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -185,6 +185,15 @@ class Run:
         }
         save_checkpoint(self.out / "last.pt", self.checkpoint(training))
 
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Take another run's weights instead of random ones. Raises RecipeError where they are for another network."""
+        theirs, ours = dataclasses.asdict(checkpoint.config), dataclasses.asdict(self.network.config)
+        differing = [f"{key}={theirs[key]} (here {ours[key]})" for key in ours if theirs[key] != ours[key]]
+        if differing:
+            raise RecipeError(f"--initial holds another network: {', '.join(differing)}")
+        self.network.load_state_dict(checkpoint.weights)
+        self.average.load_state_dict(checkpoint.weights)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         training = checkpoint.training
         if training is None:
@@ -357,6 +366,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (made if absent)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe file (TOML)")
+    parser.add_argument("--initial", type=Path, metavar="FILE", help="checkpoint whose weights the run starts from")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it was saved")
     parser.add_argument("--check-data", action="store_true", help="only check the data set, then stop")
     return parser.parse_intermixed_args(arguments)
@@ -387,7 +397,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise RecipeError(f"{options.out} already holds a run; add --resume, or choose another folder")
         if options.resume and not last.exists():
             raise RecipeError(f"{last}: nothing to resume from")
+        if options.initial and options.resume:
+            raise RecipeError("--resume continues a run and --initial starts one; give one of them")
         saved = load_checkpoint(last) if options.resume else None
+        initial = load_checkpoint(options.initial) if options.initial else None
         recipe = stored_recipe(saved, given) if saved else Recipe(**given)
         if int(os.environ.get("RANK", 0)) == 0 and check_data(options.data, console):
             raise DataError(f"{options.data}: training does not start on a broken data set")
@@ -395,7 +408,9 @@ def main(arguments: list[str] | None = None) -> int:
         run = Run(recipe, options.data, options.out, console)
         if saved:
             run.restore(saved)
-        del saved
+        if initial:
+            run.start_from(initial)
+        del saved, initial
         train(run)
     except (RecipeError, DataError, CheckpointError, OSError) as error:
         errors.print(f"error: {error}")

@@ -126,11 +126,11 @@ class Engine:
         gpu_memory_limit: int = 0,
     ) -> None:
         self.path = model
-        self._session = _open_session(model, _providers(device, gpu_memory_limit), threads)
+        self._session = _open_session(model, execution_providers(device, gpu_memory_limit), threads)
         self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, model)
         _check_graph(self._session, model)
         self.device: Literal["cpu", "cuda"] = (
-            "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
+            "cuda" if "CUDAExecutionProvider" in self._session.getexecution_providers() else "cpu"
         )
         if device == "cuda" and self.device != "cuda":
             raise ModelError("CUDA was asked for, but ONNX Runtime could not start it on this machine; try device cpu")
@@ -246,11 +246,11 @@ def _feeds(images: np.ndarray, plan: Plan) -> dict[str, np.ndarray]:
     }
 
 
-def _providers(device: str, gpu_memory_limit: int) -> list[Any]:
+def execution_providers(device: str, gpu_memory_limit: int) -> list[Any]:
     """ONNX Runtime's execution providers for a device, the preferred one first."""
     if device == "cpu":
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    if "CUDAExecutionProvider" not in ort.get_availableexecution_providers():
         if device == "cuda":
             raise ModelError(
                 "CUDA was asked for, but this build of ONNX Runtime has no CUDA; "
@@ -274,8 +274,7 @@ def _open_session(model: Path, providers: list[Any], threads: int) -> ort.Infere
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
-    if providers == ["CPUExecutionProvider"]:  # beside CUDA, a kernel for the CPU would fetch the features from the GPU
-        kernels.register(options)
+    kernels.register(options, cuda=providers != ["CPUExecutionProvider"])
     try:
         return ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own

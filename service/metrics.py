@@ -73,6 +73,7 @@ class _State(Collector):
             "encnet_model_info", "1 for each loaded model.", labels=["model", "name", "sha256", "device", "version"]
         )
         limit.add_metric([], self._models.settings.max_queue_pixels)
+        on_gpu = False
         for served in self._models.all:
             ready.add_metric([served.name], float(served.state == "ready" and not self._models.draining))
             if served.pipeline is None:
@@ -81,5 +82,21 @@ class _State(Collector):
             requests.add_metric([served.name], served.pipeline.admitted_requests)
             engine = served.pipeline.device.engine
             if engine is not None:
+                on_gpu = on_gpu or engine.device == "cuda"
                 info.add_metric([served.name, engine.metadata.name, engine.sha256, engine.device, __version__], 1)
         yield from (ready, pixels, limit, requests, info)
+        if on_gpu and (memory := _gpu_memory()):
+            yield GaugeMetricFamily("encnet_gpu_memory_used_bytes", "Bytes taken on the GPU, by all.", value=memory[0])
+            yield GaugeMetricFamily("encnet_gpu_memory_bytes", "Bytes of the GPU's memory.", value=memory[1])
+
+
+def _gpu_memory() -> tuple[int, int] | None:
+    """Bytes taken and bytes in all on the first GPU, by its driver; None where the driver cannot be asked."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0))
+    except Exception:  # metrics must be readable whatever state the driver is in
+        return None
+    return memory.used, memory.total

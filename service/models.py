@@ -37,8 +37,8 @@ class Served:
 class Models:
     """Every model the service was started with. A request never names a file, only one of these.
 
-    The first is the one that is meant where a request names none. `workers` are the threads that decode and encode, for
-    all models together.
+    The first is the one that is meant where a request names none. For all models together, `workers` are the threads
+    that decode and encode, and `readers` those that read headers: a refusal must not wait behind work let in earlier.
     """
 
     def __init__(self, settings: Settings, open_engine: "Callable[[Path, Settings], Engine] | None" = None) -> None:
@@ -47,6 +47,7 @@ class Models:
         self.on_load: Callable[[str, Pipeline], None] = lambda name, pipeline: None
         self._draining = False
         self.workers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="codec")
+        self.readers = ThreadPoolExecutor(2, thread_name_prefix="reader")
         paths = {settings.model.stem: settings.model, **settings.models}
         self._served = {name: Served(name, path) for name, path in paths.items()}
         self.default = next(iter(self._served))
@@ -73,7 +74,7 @@ class Models:
         return served.pipeline
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[Pipeline]:
+    def hold(self, name: str | None = None) -> Iterator[Pipeline]:
         """The pipeline for a request of several steps, not stopped before the block ends. Raises as `pipeline` does."""
         pipeline = self.pipeline(name)
         pipeline.holders += 1
@@ -136,6 +137,7 @@ class Models:
             if served.pipeline:
                 served.pipeline.close()
         self.workers.shutdown(wait=False, cancel_futures=True)
+        self.readers.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, served: Served) -> Pipeline:
         settings = self.settings
@@ -145,7 +147,7 @@ class Models:
             engine.warm_up()
             return engine
 
-        return Pipeline(load, settings, self.workers)
+        return Pipeline(load, settings, self.workers, self.readers)
 
     async def _retire(self, pipeline: Pipeline | None) -> None:
         if pipeline is None:

@@ -49,12 +49,15 @@ class Estimate:
 class Pipeline:
     """Segments pictures with one model, as many at once as admission lets in.
 
-    To be used from one event loop. `workers` decode; the device's thread runs the model.
+    To be used from one event loop. `readers` read headers, `workers` decode; the device's thread runs the model.
     """
 
-    def __init__(self, load: Callable[[], Engine], settings: Settings, workers: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, load: Callable[[], Engine], settings: Settings, workers: ThreadPoolExecutor, readers: ThreadPoolExecutor
+    ) -> None:
         self.settings = settings
         self.workers = workers
+        self.readers = readers
         self.device = Device(load, settings.max_batch, settings.hang_seconds)
         self.admitted_cost = 0
         self.admitted_requests = 0
@@ -151,7 +154,7 @@ class Pipeline:
 
     async def _size(self, data: bytes, options: Options, deadline: float) -> tuple[int, int]:
         """Width and height to segment. Read in the pool, as a hostile file has a header that takes seconds."""
-        size, _, _ = await in_pool(self.workers, partial(read_size, data, **self._limits()), deadline)
+        size, _, _ = await in_pool(self.readers, partial(read_size, data, **self._limits()), deadline)
         return reduced_size(*size, options.max_side)
 
     @contextmanager
@@ -212,8 +215,8 @@ class Pipeline:
             done.cancel()
 
 
-async def in_pool(workers: ThreadPoolExecutor, work: Callable[[], T], deadline: float) -> tuple[T, float, float]:
-    """Run work on a thread of the pool: its result, and for how long it waited and ran, in milliseconds.
+async def in_pool(workers: ThreadPoolExecutor | None, work: Callable[[], T], deadline: float) -> tuple[T, float, float]:
+    """Run work on a thread of the pool (None: the loop's own): its result, and the milliseconds it waited and ran.
 
     Raises what the work raises, and Refusal at the deadline, even if the work goes on, or where memory runs out.
     """

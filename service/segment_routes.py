@@ -79,7 +79,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
             )
         timeout_s = settings.url_timeout_ms / 1000
         work = partial(fetch, upload.url, max_bytes=settings.max_bytes, timeout_s=timeout_s)
-        return (await in_pool(models.workers, work, deadline))[0]
+        return (await in_pool(None, work, deadline))[0]
 
     @router.post(
         "/segment",
@@ -96,11 +96,11 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         options = options.model_copy(update={"format": format_})
         deadline = time.monotonic() + (options.timeout_ms or settings.timeout_ms) / 1000
         picture = await fetched(upload, deadline)
-        pipeline = models.pipeline(options.model)
-        if options.dry_run:
-            return _prediction(pipeline, await pipeline.price(picture, options, deadline))
-        async with departure(request) as departed:
-            result = await pipeline.segment(picture, options, deadline=deadline, departed=departed)
+        with models.hold(options.model) as pipeline:
+            if options.dry_run:
+                return _prediction(pipeline, await pipeline.price(picture, options, deadline))
+            async with departure(request) as departed:
+                result = await pipeline.segment(picture, options, deadline=deadline, departed=departed)
         labelled = _labelled(pipeline, result, options)
         encoding = partial(_encoded, request, labelled, format_, media_type)
         encoded, waited, encode_ms = await in_pool(models.workers, encoding, deadline)
@@ -140,8 +140,8 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
             async with turns:
                 started = time.perf_counter()
                 try:
-                    pipeline = models.pipeline(options.model)
-                    result = await pipeline.segment(upload.picture, options, deadline=deadline, departed=departed)
+                    with models.hold(options.model) as pipeline:
+                        result = await pipeline.segment(upload.picture, options, deadline=deadline, departed=departed)
                     labelled = _labelled(pipeline, result, options)
                     encoding = partial(_mask_part, labelled, format_)
                     mask, waited, encode_ms = await in_pool(models.workers, encoding, deadline)

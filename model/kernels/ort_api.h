@@ -107,6 +107,11 @@ struct Ort {
     }
     void release(OrtTensorTypeAndShapeInfo *info) const { call<99, void>(info); }
 
+    // The cudaStream_t of the session.
+    OrtStatus *stream(const OrtKernelContext *context, void **stream) const {
+        return call<193, OrtStatus *>(context, stream);
+    }
+
     // Run task(work, 0..count-1) on the session's threads.
     OrtStatus *parallel_for(const OrtKernelContext *context, void (*task)(void *, size_t), size_t count,
                             void *work) const {

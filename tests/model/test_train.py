@@ -144,6 +144,25 @@ def test_a_run_is_not_overwritten_and_resume_needs_one(scenes, tmp_path, capsys)
     assert "not readable as a PyTorch checkpoint" in capsys.readouterr().err
 
 
+def test_a_run_can_start_from_anothers_weights(scenes, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train.main(["--data", str(scenes), "--out", str(first), *TINY, "epochs=1"]) == 0
+    given = ["--data", str(scenes), "--out", str(second), "--initial", str(first / "final.pt")]
+    still = ["epochs=1", "learning_rate=1e-12", "weight_decay=0.0"]
+    assert train.main([*given, *TINY, *still]) == 0
+    weights = [
+        load_checkpoint(folder / "final.pt").weights["head.bottleneck.conv.weight"] for folder in (first, second)
+    ]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+    capsys.readouterr()
+    assert train.main([*given, "--resume"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    given[3] = str(tmp_path / "third")
+    assert train.main([*given, *TINY, "codewords=5"]) == 2
+    assert "codewords=4 (here 5)" in capsys.readouterr().err
+    assert not (tmp_path / "third" / "last.pt").exists()
+
+
 def test_resume_refuses_another_recipe(scenes, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main(["--data", str(scenes), "--out", str(out), *TINY, "epochs=1"]) == 0

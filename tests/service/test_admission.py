@@ -61,7 +61,7 @@ def pipeline(settings: Settings, gate: threading.Event) -> Iterator[Callable[...
             engine.gate = gate
             return engine
 
-        made.append(Pipeline(load, settings.model_copy(update=changes), workers))
+        made.append(Pipeline(load, settings.model_copy(update=changes), workers, workers))
         made[-1].device.wait_until_started()
         return made[-1]
 

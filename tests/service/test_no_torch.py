@@ -12,7 +12,7 @@ import service
 
 SERVICE = Path(service.__file__).parent
 ROOT = SERVICE.parent
-DISTRIBUTION_OF = {"PIL": "pillow"}
+DISTRIBUTION_OF = {"PIL": "pillow", "pynvml": "nvidia_ml_py"}
 BROUGHT_BY_FASTAPI = {"anyio", "starlette", "typing_extensions"}
 BLOCKED = ["torch", "model", "export", "onnx", "onnxscript", "scipy", "matplotlib", "sklearn", "pandas", "cv2", "timm"]
 
@@ -58,16 +58,18 @@ def _imports(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", sorted(SERVICE.glob("*.py")), ids=lambda file: file.name)
 def test_every_import_is_in_the_requirements(file: Path) -> None:
-    needs = ["requirements-client.txt"] if file.name == "client.py" else ["requirements-base.txt", "requirements.txt"]
+    needs = ["requirements-base.txt", "requirements.txt", "requirements-gpu.txt"]
+    if file.name == "client.py":
+        needs = ["requirements-client.txt"]
     lines = [line for name in needs for line in _lines(SERVICE / name)]
     required = {re.split(r"[<>=\[]", line)[0].replace("-", "_") for line in lines}
     third_party = _imports(file) - set(sys.stdlib_module_names) - {"service"} - BROUGHT_BY_FASTAPI
     assert {DISTRIBUTION_OF.get(name, name) for name in third_party} <= required
 
 
-def test_the_gpu_requirements_differ_by_the_runtime_alone() -> None:
+def test_the_gpu_requirements_differ_by_the_runtime_and_its_driver_alone() -> None:
     cpu, gpu = (set(_lines(SERVICE / name)) for name in ("requirements.txt", "requirements-gpu.txt"))
-    assert {line.split(">")[0] for line in cpu ^ gpu} == {"onnxruntime", "onnxruntime-gpu[cuda,cudnn]"}
+    assert {line.split(">")[0] for line in cpu ^ gpu} == {"onnxruntime", "onnxruntime-gpu[cuda,cudnn]", "nvidia-ml-py"}
 
 
 def _lines(file: Path) -> list[str]:

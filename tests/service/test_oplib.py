@@ -148,6 +148,16 @@ def test_wrong_shapes_are_named(name: str, shape: tuple[int, ...], words: str) -
         loaded.run(None, feeds() | {name: np.zeros(shape, np.float32)})
 
 
+@pytest.mark.skipif(not kernels.CUDA_LIBRARY.exists(), reason="no compiled kernel for CUDA")
+def test_where_cuda_does_not_start_the_library_for_gpus_runs_the_cpu_kernel() -> None:
+    options = ort.SessionOptions()
+    assert kernels.register(options, cuda=True)
+    inputs = feeds()
+    (encoded,) = ort.InferenceSession(encoding_model(), options, providers=["CPUExecutionProvider"]).run(None, inputs)
+    wanted = expected(inputs)
+    np.testing.assert_allclose(encoded, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
 def runs_the_function() -> bool:
     return not session(encoding_model()).run(None, feeds())[0].any()
 

@@ -1,0 +1,277 @@
+"""Build the CUDA kernels, check them against the float64 twin, measure them: `make gpu-check`, in under nine minutes.
+
+Needs an NVIDIA GPU, PyTorch with CUDA and nvcc; every other package is optional, and what is missing is reported as
+not run. Each part (benchmarks/gpu_parts.py) runs in a process of its own, so that one that fails or hangs leaves the
+others alone. Results are written to benchmarks/results/<name of the GPU>.json as they come, and as a table at the end.
+The exit status is 0 where every check passed, 1 where one failed and 2 without a GPU.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+# Parts in the order of their worth, with the most seconds each may take; together well under nine minutes.
+SECONDS = {
+    "build": 200,
+    "correctness": 90,
+    "operator": 80,
+    "memory": 25,
+    "overhead": 20,
+    "speed": 190,
+    "onnx_runtime": 40,
+    "service": 150,
+    "sanitized": 100,
+}
+TOTAL_SECONDS = 520
+SANITIZER = "compute-sanitizer"
+SANITIZER_TOOLS = ("memcheck", "racecheck")
+
+Part = dict[str, Any]
+
+
+def empty(**more: Any) -> Part:
+    return {"checks": {}, "rows": [], "not_run": [], **more}
+
+
+def run_command(command: list[str], seconds: float) -> tuple[int | None, str]:
+    """Exit status (None: it took too long and was ended, with all it had started) and what it printed."""
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
+        status = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(seconds)
+        if status is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        printed.seek(0)
+        return status, printed.read()
+
+
+def build(seconds: float) -> Part:
+    """Compile for the GPU that is here."""
+    part = empty()
+    if shutil.which("nvidia-smi") is None:
+        part["not_run"].append("build: no nvidia-smi, so that the GPU's architecture is not known")
+        return part
+    status, printed = run_command([sys.executable, "model/kernels/build.py", "--strict"], seconds)
+    words = printed.strip().splitlines()
+    wrong = None if status == 0 else (words[-1][:300] if words else f"exit status {status}")
+    part["checks"]["every library is built"] = "took too long" if status is None else wrong
+    return part
+
+
+def child(name: str, device: str, seconds: float, before: tuple[str, ...] = ()) -> Part:
+    """One part in a process of its own; `before` is a program that watches over it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "part.json"
+        inner = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu_check",
+            "--part",
+            name,
+            "--device",
+            device,
+            "--output",
+            str(file),
+        ]
+        status, printed = run_command([*before, *inner], seconds)
+        part: Part = json.loads(file.read_text()) if file.exists() else empty()
+    if status is None:
+        part["checks"][f"{name} ends"] = f"not within {seconds:.0f} seconds"
+    elif status:
+        lines = printed.strip().splitlines()
+        part["checks"][f"{name} ends well"] = f"exit status {status}: {lines[-1][:300] if lines else ''}"
+    part["printed"] = "\n".join(printed.strip().splitlines()[-15:])[-2000:]
+    return part
+
+
+def sanitizer(device: str, seconds: float) -> Part:
+    """The part `sanitized` under compute-sanitizer's tools."""
+    if shutil.which(SANITIZER) is None:
+        return empty(not_run=[f"sanitizer: no {SANITIZER}"])
+    part = empty()
+    for tool in SANITIZER_TOOLS:
+        options = (
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--kernel-regex",
+            "kns=encode",
+            "--kernel-regex",
+            "kns=add_",
+        )
+        found = child("sanitized", device, seconds / len(SANITIZER_TOOLS), (SANITIZER, *options))
+        if "sanitized ends" in found["checks"]:
+            part["not_run"].append(f"{SANITIZER} {tool} did not end in time")
+        elif "not supported" in found["printed"]:
+            part["not_run"].append(f"{SANITIZER} {tool} does not work here: {found['printed'].splitlines()[-1]}")
+        else:
+            part["checks"] |= {f"{tool}: {name}": wrong for name, wrong in found["checks"].items()}
+        part["printed"] = found["printed"]
+    return part
+
+
+def run_part(name: str, device: str, output: Path) -> int:
+    """In the child: run one part and write what it found, also while it is under way."""
+    from benchmarks import gpu_parts
+
+    class Writing(gpu_parts.Report):
+        def write(self) -> None:
+            output.write_text(json.dumps(self.plain()))
+
+        def check(self, name: str):  # type: ignore[no-untyped-def]
+            self.write()
+            return super().check(name)
+
+        def add(self, **row: Any) -> None:
+            super().add(**row)
+            self.write()
+
+    report = Writing()
+    try:
+        gpu_parts.PARTS[name](device, report)
+    finally:
+        report.write()
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- report
+
+
+def columns(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def speed_table(rows: list[Part]) -> str:
+    """Milliseconds on the GPU alone, the ratio of each contender to ours, and the share of the copy's rate."""
+    lines = [["pass", "x", "N", "ours ms", "called ms", "twin", "compiled", "broadcast", "of copy rate"]]
+    for row in rows:
+        if row["what"] != "speed":
+            continue
+        ratio = {key: row.get(f"{key}_over_ours_gpu_ms", "") for key in ("twin", "compiled", "broadcast")}
+        lines.append(
+            [
+                row["pass"],
+                f"{row['dtype']} {row['layout']}",
+                str(row["positions"]),
+                str(row.get("ours_gpu_ms", "")),
+                str(row.get("ours_ms", "")),
+                *(f"{value}x" if value else "-" for value in ratio.values()),
+                f"{row['share_percent']} %" if "share_percent" in row else "-",
+            ]
+        )
+    return columns(lines) if len(lines) > 1 else "no speed was measured"
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = []
+    for name, part in result["parts"].items():
+        failed = {check: wrong for check, wrong in part["checks"].items() if wrong is not None}
+        lines.append(f"{name}: {len(part['checks']) - len(failed)} of {len(part['checks'])} checks passed")
+        lines += [f"    FAILED {check}: {wrong}" for check, wrong in failed.items()]
+        lines += [f"    not run: {reason}" for reason in part["not_run"]]
+        for row in part["rows"]:
+            if row["what"] not in ("speed", "error"):
+                lines.append("    " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    rows = [row for part in result["parts"].values() for row in part["rows"]]
+    worst: dict[str, list[float]] = {}
+    for row in rows:
+        if row["what"] == "error":
+            errors = [row[key] for key in ("encoded", "grad_x", "grad_codewords", "grad_scale")]
+            worst[row["dtype"]] = [max(pair) for pair in zip(worst.get(row["dtype"], [0] * 4), errors, strict=True)]
+    for dtype, errors in worst.items():
+        lines.append(f"largest relative errors, {dtype}: " + ", ".join(f"{error:.1e}" for error in errors))
+    return "\n".join([*lines, "", speed_table(rows)])
+
+
+def describe_machine(gpu: str) -> dict[str, Any]:
+    import torch
+
+    def first_line(*command: str) -> str:
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        lines = done.stdout.strip().splitlines()
+        return lines[-1] if lines else ""
+
+    return {
+        "command": "make gpu-check",
+        "commit": first_line("git", "rev-parse", "HEAD"),
+        "gpu": gpu,
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "nvcc": first_line(os.environ.get("NVCC", "nvcc"), "--version"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def check(device: str, gpu: str, output: Path, only: list[str]) -> int:
+    """Run the parts, write and print what they find; 1 where a check failed."""
+    started = time.monotonic()
+    result: dict[str, Any] = {**describe_machine(gpu), "parts": {}}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name, most in SECONDS.items():
+        if only and name not in only:
+            continue
+        seconds = min(most, TOTAL_SECONDS - (time.monotonic() - started))
+        begun = time.monotonic()
+        if seconds < 5:
+            part = empty(not_run=[f"{name}: no time was left"])
+        elif name == "build":
+            part = build(seconds)
+        elif name == "sanitized":
+            part = sanitizer(device, seconds)
+        else:
+            part = child(name, device, seconds)
+        part["seconds"] = round(time.monotonic() - begun, 1)
+        result["parts"][name] = part
+        output.write_text(json.dumps(result, indent=1) + "\n")
+        failed = sum(wrong is not None for wrong in part["checks"].values())
+        print(f"{name}: {part['seconds']} s, {len(part['checks'])} checks, {failed} failed", flush=True)
+    print(table(result))
+    print(f"written to {output}")
+    return int(any(wrong for part in result["parts"].values() for wrong in part["checks"].values()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SECONDS), default=[], metavar="PART", help=", ".join(SECONDS))
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="instead of benchmarks/results/<GPU>.json")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # what this command tells its own children
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        return run_part(options.part, options.device, options.output)
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is needed to check the CUDA kernels, and it is not installed here", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("no NVIDIA GPU is visible to PyTorch here; run this on a machine with one", file=sys.stderr)
+        return 2
+    gpu = torch.cuda.get_device_name(0)
+    output = options.output or RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    return check("cuda", gpu, output, options.only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

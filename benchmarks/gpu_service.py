@@ -1,0 +1,240 @@
+"""What `make gpu-check` checks and measures of the service on a GPU: the targets of serving, one after another.
+
+The model is EncNet on a ResNet-50 with 150 classes and seeded weights, exported with --fp16: its speed is that of a
+trained one. Everything besides onnxruntime-gpu is what serving and export need anyway; what is missing is reported as
+not run. On a CPU the same steps run with a small model (tests/model/test_gpu_check.py).
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_parts import Report
+from model.checkpoint import Checkpoint, save_checkpoint
+from model.config import ModelConfig
+from model.encnet import EncNet
+from model.windows import AUTHORS_SCALES, predict_windows
+
+ROOT = Path(__file__).parents[1]
+SIDE = 480
+CLIENTS = (1, 8, 32)
+SHAPES = 500
+MODEL = ModelConfig(num_classes=150, backbone="resnet50s", reference_positions=3600.0)
+
+MOST_MS = 20.0  # six scales with mirroring of a 480x480 picture
+LEAST_SPEEDUP = 10.0  # over the authors' window protocol in eager PyTorch
+LEAST_EQUAL = 0.995  # share of labels that the float32 answer on the CPU has too
+MOST_MS_OVER_WARM = 50.0  # first picture of a new shape
+
+
+def seeded_network(config: ModelConfig) -> EncNet:
+    """A network in evaluation whose batch norms have statistics of their own, so that its logits are of usual size."""
+    torch.manual_seed(0)
+    network = EncNet(config)
+    network.train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(2, 3, 96, 96))
+    return network.eval()
+
+
+def export(network: EncNet, folder: Path, *options: str) -> Path:
+    """The .onnx file of a network. Raises RuntimeError with what the export command printed."""
+    classes = tuple(f"class {index}" for index in range(network.config.num_classes))
+    palette = tuple((index % 256, index * 7 % 256, index * 13 % 256) for index in range(len(classes)))
+    checkpoint = Checkpoint(
+        config=network.config,
+        weights=network.state_dict(),
+        classes=classes,
+        palette=palette,
+        base_size=SIDE,
+        name="gpu-check",
+    )
+    save_checkpoint(folder / "seeded.pt", checkpoint)
+    file = folder / f"seeded{''.join(options)}.onnx"
+    done = subprocess.run(
+        [sys.executable, "-m", "export", str(folder / "seeded.pt"), "--output", str(file), *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"export failed: {done.stderr.strip()[-300:]}")
+    return file
+
+
+def median_ms(call: Callable[[], object], rounds: int) -> float:
+    """Median milliseconds of a call that ends when its work has ended; the first two are not counted."""
+    times = []
+    for _ in range(rounds + 2):
+        started = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - started) * 1000)
+    return statistics.median(times[2:])
+
+
+def used_megabytes() -> float:
+    """What is taken on the first GPU, by its driver; 0 without one."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0])
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return 0.0
+
+
+def copies(file: Path, device: str, image: np.ndarray) -> dict[str, int]:
+    """Copies between host and device in one picture's run, by direction, off ONNX Runtime's own profile.
+
+    The graph's own copies are counted; its inputs go up and its outputs come down once each beside them.
+    """
+    import onnxruntime as ort
+
+    from service import kernels
+    from service.engine import execution_providers
+
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(file.with_suffix(""))
+    kernels.register(options, cuda=device == "cuda")
+    session = ort.InferenceSession(
+        file, options, providers=execution_providers("cuda" if device == "cuda" else "cpu", 0)
+    )
+    feeds = {"image": image[None], "scales": np.asarray(AUTHORS_SCALES, np.float32), "flip": np.bool_(True)}
+    session.run(("mask", "presence"), feeds)
+    profile = Path(session.end_profiling())
+    names = [event["args"].get("op_name") for event in json.loads(profile.read_text()) if "args" in event]
+    return {name: names.count(name) for name in ("MemcpyFromHost", "MemcpyToHost")}
+
+
+@contextmanager
+def serving(file: Path, device: str) -> Iterator[str]:
+    """A real server process for the model; yields its address."""
+    environment = {**os.environ, "ENCNET_TIMEOUT_MS": "60000", "ENCNET_MAX_BATCH": "8", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service", "serve", "--model", str(file), "--device", device, "--port", "0"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if found := re.search(r"listens on (http://\S+)", line):
+                yield found[1]
+                return
+        raise RuntimeError(f"the server did not start: {printed[-300:]}")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def service(
+    device: str, report: Report, config: ModelConfig = MODEL, shapes: int = SHAPES, clients: Sequence[int] = CLIENTS
+) -> None:
+    """Every target of serving on a GPU; `config`, `shapes` and `clients` are made small for a rehearsal."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (export needs it)
+
+        from service.engine import Engine
+    except ImportError as error:
+        report.not_run.append(f"service: {error}")
+        return
+    if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        report.not_run.append("service: this build of ONNX Runtime has no CUDAExecutionProvider")
+        return
+    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    network = seeded_network(config)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with report.check("the model is exported"):
+            half, exact = export(network, folder, "--fp16"), export(network, folder)
+        if report.checks["the model is exported"] is not None:
+            return
+        engine = Engine(half, "cuda" if device == "cuda" else "cpu")
+        views = {"scales": AUTHORS_SCALES, "flip": True}
+        with report.check(f"six scales and mirroring within {MOST_MS:g} ms"):
+            ours = median_ms(lambda: engine.segment(image, **views), 20 if device == "cuda" else 1)  # type: ignore[arg-type]
+            report.rows.append({"what": "six scales, mirrored, 480x480", "ms": round(ours, 2)})
+            assert ours <= MOST_MS or device == "cpu", f"{ours:.1f} ms"
+        with report.check(f"{LEAST_SPEEDUP:g} times the authors' window protocol"):
+            network.to(device)
+            picture = torch.from_numpy(image)[None].to(device)
+
+            def authors() -> None:
+                scores = predict_windows(
+                    network,
+                    picture,
+                    mean=(0.485, 0.456, 0.406),
+                    std=(0.229, 0.224, 0.225),
+                    base_size=SIDE,
+                    crop=SIDE,
+                    scales=AUTHORS_SCALES,
+                    flip=True,
+                    merge="exp_sum",
+                )
+                scores.scores.argmax(1).cpu()
+
+            theirs = median_ms(authors, 5 if device == "cuda" else 1)
+            report.rows.append({"what": "authors' windows, eager", "ms": round(theirs, 1), "ratio": theirs / ours})
+            assert theirs / ours >= LEAST_SPEEDUP or device == "cpu", f"{theirs / ours:.1f} times"
+        with report.check(f"at least {LEAST_EQUAL:.1%} of the labels of float32 on the CPU"):
+            reference = Engine(exact, "cpu").segment(image, (1.0,), True).mask
+            equal = float((engine.segment(image, (1.0,), True).mask == reference).mean())
+            report.rows.append({"what": "equal labels", "share": round(equal, 5)})
+            assert equal >= LEAST_EQUAL, f"{equal:.4%}"
+        with report.check("one upload and one download a picture"):
+            found = copies(half, device, image)
+            report.rows.append({"what": "copies inside the graph", **found})
+        with report.check(f"a new shape costs at most {MOST_MS_OVER_WARM:g} ms over a warm one"):
+            random = np.random.default_rng(1)
+            before, excess = used_megabytes(), []
+            for height, width in random.integers(200, 800, (shapes, 2)):
+                new = random.integers(0, 256, (height, width, 3), np.uint8)
+                first, again = (engine_ms(engine, new) for _ in range(2))
+                excess.append(first - again)
+            taken = used_megabytes() - before
+            worst = float(np.percentile(excess, 99))
+            row = {"shapes": shapes, "p99_ms_over_warm": round(worst, 1), "median": round(float(np.median(excess)), 2)}
+            report.rows.append({"what": "new shapes", **row, "megabytes_taken": taken})
+            assert worst <= MOST_MS_OVER_WARM or device == "cpu", f"{worst:.0f} ms"
+        with report.check("the server serves"):
+            for row in throughput(half, "cuda" if device == "cuda" else "cpu", clients):
+                report.rows.append({"what": "server", **row})
+
+
+def engine_ms(engine: Any, image: np.ndarray) -> float:
+    """Milliseconds of one picture at one scale."""
+    started = time.perf_counter()
+    engine.segment(image, (1.0,), False)
+    return (time.perf_counter() - started) * 1000
+
+
+def throughput(file: Path, device: str, clients: Sequence[int]) -> list[dict[str, Any]]:
+    """Pictures a second and latency at several numbers of clients, from the load command itself."""
+    with serving(file, device) as url, tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "bench.json"
+        numbers = ",".join(map(str, clients))
+        command = ["bench", f"{url}/segment?format=png", "--concurrency", numbers, "--duration", "4"]
+        done = subprocess.run(
+            [sys.executable, "-m", "service", *command, "--json", str(output)], cwd=ROOT, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip()[-300:])
+        return list(json.loads(output.read_text())["levels"])

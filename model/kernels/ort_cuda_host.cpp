@@ -1,0 +1,43 @@
+// ONNX Runtime's library for NVIDIA GPUs: the op on the session's stream. It holds the op for CPUs as well, because ONNX
+// Runtime goes over to the CPU where its CUDA provider does not start, and does not fall back on the file's own function
+// once an op of that name is registered.
+
+#include <cuda_runtime_api.h>
+
+#include "encoding_cuda.h"
+#include "ort_op.h"
+
+namespace {
+
+OrtStatus *compute_on_cuda(void *self, OrtKernelContext *context) {
+    const Kernel &kernel = *static_cast<Kernel *>(self);
+    Call call;
+    void *stream = nullptr;
+    if (OrtStatus *status = prepare(kernel, context, &call)) return status;
+    if (OrtStatus *status = kernel.ort.stream(context, &stream)) return status;
+    if (call.sizes.batch == 0) return nullptr;
+
+    cudaPointerAttributes place{};
+    int64_t bytes = 0;
+    encnet_cuda cuda{0, stream, nullptr};
+    cudaError_t error = cudaPointerGetAttributes(&place, call.encoded);
+    cuda.device = place.device;
+    int status = error ? ENCNET_CUDA_ERROR + error : encnet_cuda_workspace(&call.sizes, &call.x, cuda.device, 0, &bytes);
+    if (!status && bytes) {  // from the stream's own pool, and given back in the stream's order
+        error = cudaMallocAsync(&cuda.workspace, size_t(bytes), static_cast<cudaStream_t>(stream));
+        if (error) status = ENCNET_CUDA_ERROR + error;
+    }
+    if (!status) status = encnet_encode_cuda(&call.sizes, &call.x, call.codewords, call.scale, call.encoded, &cuda);
+    if (cuda.workspace) cudaFreeAsync(cuda.workspace, static_cast<cudaStream_t>(stream));
+    if (!status) return nullptr;
+    if (status >= ENCNET_CUDA_ERROR) return failed(kernel.ort, encnet_cuda_error(status));
+    char why[64];
+    snprintf(why, sizeof why, "the kernel failed, encnet_status %d", status);
+    return failed(kernel.ort, why);
+}
+
+const Op OPS[] = {encoding_op("CUDAExecutionProvider", compute_on_cuda),
+                  encoding_op("CPUExecutionProvider", compute_on_cpu)};
+const int OP_COUNT = 2;
+
+}  // namespace

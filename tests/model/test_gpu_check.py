@@ -1,0 +1,115 @@
+"""`make gpu-check` runs to its end: every part, rehearsed on the CPU with small shapes, and the report around them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, gpu_parts, gpu_service
+from model.config import ModelConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def failed(report):
+    return {name: wrong for name, wrong in report.checks.items() if wrong is not None}
+
+
+def test_correctness_passes_on_the_cpu():
+    report = gpu_parts.Report()
+    gpu_parts.correctness("cpu", report, [(3, 40, 1, 7, 16), (2, 130, 13, 15, 33)])
+    assert len(report.checks) > 60
+    assert not failed(report)
+    assert {row["dtype"] for row in report.rows} == {"float32", "float16", "bfloat16"}
+
+
+def test_correctness_finds_a_wrong_result(monkeypatch):
+    def slightly_wrong(inputs, reference_positions=0.0):
+        encoded, *gradients = gpu_parts.twin_results(inputs, reference_positions)
+        return encoded * 1.0001, *gradients
+
+    monkeypatch.setattr(gpu_parts, "results", slightly_wrong)
+    report = gpu_parts.Report()
+    gpu_parts.correctness("cpu", report, [(2, 130, 13, 15, 33)])
+    assert (
+        "encoded: error" in failed(report)["equals the float64 twin: float32 contiguous B,D,H,W,K=(2, 130, 13, 15, 33)"]
+    )
+
+
+def test_the_operator_passes_on_the_cpu():
+    report = gpu_parts.Report()
+    gpu_parts.operator("cpu", report)
+    assert not failed(report)
+    assert len(report.checks) >= 10
+
+
+def test_speed_measures_every_contender_and_judges_it(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    report = gpu_parts.Report()
+    gpu_parts.speed("cpu", report, batch=1, positions=(30,), channels=16, rounds=1, copies=1)
+    rows = [row for row in report.rows if row["what"] == "speed"]
+    assert len(rows) == 13  # two types, two layouts, three passes; and the general path
+    for row in rows:
+        assert not [key for key in row if key.endswith("_failed")]
+        assert row["ours_ms"] > 0
+        if row["pass"] != "backward":
+            wanted = {"twin", "compiled", "broadcast"} if row["layout"] == "contiguous" else {"twin"}
+            assert {f"{name}_over_ours_ms" for name in wanted} <= row.keys()
+    row = dict(
+        rows[0], what="speed", dtype="bfloat16", positions=8100, share_percent=49.9, ours_gpu_ms=1.0, twin_gpu_ms=0.9
+    )
+    judged = gpu_parts.Report()
+    gpu_parts.judge(row | {"pass": "backward"}, judged)
+    gpu_parts.judge(row | {"pass": "forward", "share_percent": 60.0}, judged)
+    assert [wrong for name, wrong in judged.checks.items() if "copy's rate" in name] == ["49.9 %", None]
+    assert [wrong for name, wrong in judged.checks.items() if "the twin" in name] == ["0.90x", "0.90x"]
+
+
+def test_overhead_memory_and_onnx_runtime_run_on_the_cpu():
+    report = gpu_parts.Report()
+    gpu_parts.overhead("cpu", report, rounds=10)
+    gpu_parts.memory("cpu", report)
+    gpu_parts.onnx_runtime("cpu", report)
+    assert report.not_run == ["peak memory: no GPU"]
+    assert all(row["microseconds"] > 0 for row in report.rows)
+    wrong = failed(report)
+    assert not wrong or all("not registered" in words for words in wrong.values())  # no compiled kernel here
+
+
+def test_the_services_targets_are_measured_on_the_cpu_too():
+    report = gpu_parts.Report()
+    config = ModelConfig(num_classes=5, backbone="resnet18", output_stride=16, channels=32, codewords=4)
+    gpu_service.service("cpu", report, config, shapes=2, clients=(1,))
+    assert not failed(report)
+    assert not report.not_run
+    measured = {row["what"]: row for row in report.rows}
+    assert measured["equal labels"]["share"] >= gpu_service.LEAST_EQUAL
+    assert measured["authors' windows, eager"]["ratio"] > 0
+    assert measured["server"]["statuses"].keys() == {"200"}
+
+
+def test_a_part_that_dies_loses_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "SECONDS", {"no such part": 60, "memory": 60})
+    file = tmp_path / "results" / "gpu.json"
+    assert gpu_check.check("cpu", "a GPU", file, []) == 1
+    parts = json.loads(file.read_text())["parts"]
+    assert parts["memory"]["not_run"] == ["peak memory: no GPU"]
+    assert "KeyError" in parts["no such part"]["checks"]["no such part ends well"]
+    printed = capsys.readouterr().out
+    assert "FAILED no such part ends well" in printed and "not run: peak memory" in printed
+
+
+def test_a_part_that_hangs_is_ended():
+    status, printed = gpu_check.run_command([sys.executable, "-uc", "print(1); import time; time.sleep(60)"], 2)
+    assert status is None
+    assert printed.strip() == "1"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_sentence():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "no NVIDIA GPU is visible to PyTorch here; run this on a machine with one\n"
