@@ -130,7 +130,7 @@ class Engine:
         self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, model)
         _check_graph(self._session, model)
         self.device: Literal["cpu", "cuda"] = (
-            "cuda" if "CUDAExecutionProvider" in self._session.getexecution_providers() else "cpu"
+            "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         )
         if device == "cuda" and self.device != "cuda":
             raise ModelError("CUDA was asked for, but ONNX Runtime could not start it on this machine; try device cpu")
