@@ -98,7 +98,7 @@ def address(url: str) -> tuple[str, int]:
     return parts.hostname or "127.0.0.1", parts.port or 80
 
 
-def exchange(place: tuple[str, int], request: Request, timeout: float = 120) -> Answer | None:
+def exchange(place: tuple[str, int], request: Request, timeout: float = 300) -> Answer | None:
     """Send a request on a connection of its own; None where it closes without an answer.
 
     Raises TimeoutError where nothing comes, and http.client.HTTPException for what is no HTTP.

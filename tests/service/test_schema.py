@@ -22,7 +22,7 @@ EXCLUDED = [positive_data_acceptance, schemathesis.checks.not_a_server_error]
 
 @pytest.fixture(scope="module")
 def api(model_file: Path) -> Iterator[schemathesis.BaseSchema]:
-    models = Models(Settings(model=model_file, device="cpu", threads=1))
+    models = Models(Settings(model=model_file, device="cpu", threads=1, timeout_ms=240_000))
     models.start()
     yield schemathesis.openapi.from_asgi("/openapi.json", create_app(models=models))
     models.close()
