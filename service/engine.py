@@ -250,7 +250,7 @@ def execution_providers(device: str, gpu_memory_limit: int) -> list[Any]:
     """ONNX Runtime's execution providers for a device, the preferred one first."""
     if device == "cpu":
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in ort.get_availableexecution_providers():
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
         if device == "cuda":
             raise ModelError(
                 "CUDA was asked for, but this build of ONNX Runtime has no CUDA; "
