@@ -218,7 +218,7 @@ def jpeg_of_size(real: bytes, width: int, height: int) -> bytes:
     return real
 
 
-def jpeg_of_scans(scans: int, width: int = 2000, height: int = 2000) -> bytes:
+def jpeg_of_scans(scans: int, width: int, height: int) -> bytes:
     """A progressive JPEG whose last scan comes again and again; each goes over every pixel."""
     real = _file(Image.new("L", (width, height), 128), "JPEG", progressive=True)
     last = real.rindex(b"\xff\xda")
@@ -267,8 +267,8 @@ def hurtful_files(real: dict[str, bytes], max_side: int = 4000) -> dict[str, byt
         "ppm of floats": b"PF 4 4 -1.0\n" + b"\xff" * 192,
         "jpeg of 65535": jpeg_of_size(real["jpeg"], 65_535, 65_535),
         "jpeg of no rows": jpeg_of_size(real["jpeg"], 100, 0),
-        "jpeg larger than it is": jpeg_of_size(real["jpeg progressive"], 3000, 3000),
-        "jpeg of many scans": jpeg_of_scans(100),
+        "jpeg larger than it is": jpeg_of_size(real["jpeg progressive"], max_side, max_side - 100),
+        "jpeg of many scans": jpeg_of_scans(100, max_side // 2, max_side // 2),
         "jpeg padding flood": b"\xff\xd8" + b"\xff" * 1_000_000,
         "jpeg comment flood": b"\xff\xd8" + b"\xff\xfe\x00\x02" * 250_000,
         "nothing": b"",

@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from service.errors import STATUS_OF_CODE
 
 Headers = Sequence[tuple[str, str]]
 
+_WINDOW_BITS = {"gzip": 31, "deflate": 15}
 _NOT_HTTP = b"Invalid HTTP request received."  # what uvicorn says, before the service sees anything
 
 
@@ -98,7 +100,7 @@ def address(url: str) -> tuple[str, int]:
     return parts.hostname or "127.0.0.1", parts.port or 80
 
 
-def exchange(place: tuple[str, int], request: Request, timeout: float = 120) -> Answer | None:
+def exchange(place: tuple[str, int], request: Request, timeout: float = 300) -> Answer | None:
     """Send a request on a connection of its own; None where it closes without an answer.
 
     Raises TimeoutError where nothing comes, and http.client.HTTPException for what is no HTTP.
@@ -143,15 +145,20 @@ def faults(request: Request, answer: Answer | None) -> list[str]:
     kind = answer.headers.get_content_type()
     try:
         if kind.endswith("json"):
-            found += _faults_of_json(request, answer, json.loads(answer.body))
+            found += _faults_of_json(request, answer, json.loads(_inflated(answer)))
         elif kind.startswith("image/") and "svg" not in kind:
             with Image.open(io.BytesIO(answer.body)) as image:
                 image.load()
         elif answer.status >= 400:
             found.append(f"an error as {kind}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, zlib.error) as error:
         found.append(f"not {kind}: {error}")
     return found
+
+
+def _inflated(answer: Answer) -> bytes:
+    encoding = answer.headers.get("content-encoding")
+    return zlib.decompress(answer.body, _WINDOW_BITS[encoding]) if encoding else answer.body
 
 
 def _faults_of_json(request: Request, answer: Answer, body: object) -> list[str]:

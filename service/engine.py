@@ -130,7 +130,7 @@ class Engine:
         self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, model)
         _check_graph(self._session, model)
         self.device: Literal["cpu", "cuda"] = (
-            "cuda" if "CUDAExecutionProvider" in self._session.getexecution_providers() else "cpu"
+            "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         )
         if device == "cuda" and self.device != "cuda":
             raise ModelError("CUDA was asked for, but ONNX Runtime could not start it on this machine; try device cpu")
@@ -250,7 +250,7 @@ def execution_providers(device: str, gpu_memory_limit: int) -> list[Any]:
     """ONNX Runtime's execution providers for a device, the preferred one first."""
     if device == "cpu":
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in ort.get_availableexecution_providers():
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
         if device == "cuda":
             raise ModelError(
                 "CUDA was asked for, but this build of ONNX Runtime has no CUDA; "

@@ -1,4 +1,4 @@
-"""The two exceptions a caller meets: InputError where the request is at fault, Refusal where the service cannot now."""
+"""The exceptions of a request: InputError where it is at fault, Refusal where the service cannot now, and Departed."""
 
 import math
 
@@ -67,3 +67,7 @@ class Refusal(ServiceError):
     def headers(self) -> dict[str, str]:
         """Retry-After in whole seconds, at least one."""
         return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+
+
+class Departed(Exception):
+    """The caller has left: the work is dropped, and there is nobody to answer."""

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs
 from service.answers import ErrorAnswer, Fault
-from service.errors import InputError, Refusal, ServiceError
+from service.errors import Departed, InputError, Refusal, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -83,7 +83,7 @@ class RequestContext:
         except ServiceError as error:
             if not status:
                 await error_response(request, error)(scope, receive, send_with_headers)
-        except ClientDisconnect:
+        except (ClientDisconnect, Departed):
             status = status or 499
         except Exception:
             _log.exception("the request failed")

@@ -18,7 +18,7 @@ import numpy as np
 from service.cost import Work
 from service.device import Device, Job
 from service.engine import Engine, Plan, Segmentation
-from service.errors import InputError, Refusal
+from service.errors import Departed, InputError, Refusal
 from service.images import Picture, decode, read_size, reduced_size
 from service.options import Options, chosen_classes
 from service.settings import Settings
@@ -116,7 +116,7 @@ class Pipeline:
         `plan` is made from the options unless given. `deadline` is on the monotonic clock, by default the options'
         `timeout_ms` from now. When `departed` is done, the caller has left and the picture is dropped.
 
-        Raises InputError, Refusal, and asyncio.CancelledError for a caller who has left.
+        Raises InputError, Refusal, and Departed for a caller who has left.
         """
         timeout_s = (options.timeout_ms or self.settings.timeout_ms) / 1000
         if deadline is None:
@@ -209,7 +209,7 @@ class Pipeline:
             if done.done():
                 return done.result()
             if departed is not None and departed.done():
-                raise asyncio.CancelledError
+                raise Departed
             raise _too_late()
         finally:
             done.cancel()

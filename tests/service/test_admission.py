@@ -1,21 +1,27 @@
 """Promise: work is let in by its cost, refused with a time to come back, done in time or not at all."""
 
 import asyncio
+import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from live import serving
 from starlette.testclient import TestClient
 from tiny_model import encoded
 
+from service.app import create_app
 from service.cost import CostModel, Work, work_of
 from service.engine import Engine
-from service.errors import InputError, Refusal
+from service.errors import Departed, InputError, Refusal
+from service.models import Models
 from service.options import Options
 from service.pipeline import Pipeline
 from service.settings import Settings
@@ -183,7 +189,7 @@ def test_a_departed_clients_picture_is_not_run(pipeline: Callable[..., Pipeline]
         while served.admitted_requests < 2:
             await asyncio.sleep(0.005)
         departed.set_result(None)
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(Departed):
             await waiting
         assert served.admitted_requests == 1
         gate.set()
@@ -243,6 +249,34 @@ def test_overload_over_http_is_429_with_retry_after(
         assert late.status_code in (429, 504)
         gate.set()
         assert first.result(WAIT).status_code == 200
+
+
+def test_a_client_that_leaves_is_counted_and_no_failure(
+    settings: Settings, gate: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    def open_engine(path: Path, settings: Settings) -> Engine:
+        engine = Gated(path, "cpu", 1)
+        engine.gate = gate
+        return engine
+
+    models = Models(settings, open_engine)
+    models.start()
+    with serving(create_app(models=models)) as url:
+
+        def metrics() -> str:
+            with urllib.request.urlopen(f"{url}/metrics", timeout=WAIT) as answer:
+                return str(answer.read(), "utf-8")
+
+        with socket.create_connection(("127.0.0.1", urlsplit(url).port), WAIT) as connection:
+            picture = encoded(GREY)
+            head = f"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Length: {len(picture)}\r\n\r\n"
+            connection.sendall(head.encode() + picture)
+            until(lambda: 'encnet_queue_requests{model="tiny"} 1.0' in metrics())
+        until(lambda: "encnet_departed_total 1.0" in metrics())
+        assert 'encnet_queue_requests{model="tiny"} 0.0' in metrics()
+        gate.set()
+    models.close()
+    assert "Traceback" not in caplog.text
 
 
 def test_bytes_in_the_house_are_bounded(client_with: Callable[..., TestClient]) -> None:

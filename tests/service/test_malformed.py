@@ -28,6 +28,8 @@ from service.models import Models
 from service.pipeline import in_pool
 from service.settings import Settings
 
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # of which damaged files give many
+
 COUNT = 300
 SEED = 1
 WAIT = 60
@@ -35,7 +37,7 @@ WAIT = 60
 
 @pytest.fixture(scope="module")
 def url(model_file: Path) -> Iterator[str]:
-    models = Models(Settings(model=model_file, device="cpu", threads=1))
+    models = Models(Settings(model=model_file, device="cpu", threads=1, timeout_ms=240_000))  # no test of times
     models.start()
     with serving(create_app(models=models)) as served:
         yield served

@@ -14,7 +14,7 @@ GROWTH, BYTES = 0.25, 64 * 2**20  # generous: in seconds not every size and opti
 
 @pytest.mark.slow
 def test_twenty_seconds_of_everything_leave_no_trace(model_file: Path) -> None:
-    environment = {"ENCNET_DEVICE": "cpu", "ENCNET_THREADS": "1"}
+    environment = {"ENCNET_DEVICE": "cpu", "ENCNET_THREADS": "1", "ENCNET_TIMEOUT_MS": "240000"}
     with serving(None, "--model", str(model_file), **environment) as server:
         stock = stock_for(server.url, max_side=500)
         samples, tally = run(server, SECONDS, 3, mixed(3, stock, ((120, 90), (480, 360), (1000, 1))), lambda at: None)

@@ -5,9 +5,9 @@ picture scaled to 0..1:
 
     black 0.5 - (r + g + b) / 4      red r - (g + b) / 2      green g - (r + b) / 2      blue b - (r + g) / 2
 
-all times GAIN, averaged over the views. A view at scale s is the picture resampled (nearest) to s times its size and
-back, so that scales below 1 lose detail; its mirrored twin is resampled from the other side. Presence of a class is the
-sigmoid of its largest logit.
+all times GAIN, averaged over the views. A view at scale s is the picture resampled (nearest) to s times its size, at
+least one pixel, and back, so that scales below 1 lose detail; its mirrored twin is resampled from the other side.
+Presence of a class is the sigmoid of its largest logit.
 """
 
 import io
@@ -58,7 +58,8 @@ def _loop_body() -> onnx.GraphProto:
     nodes = [
         helper.make_node("Gather", ["scales", "i"], ["scale"]),
         helper.make_node("Unsqueeze", ["scale", "axis0"], ["scale1"]),
-        helper.make_node("Concat", ["ones2", "scale1", "scale1"], ["factors"], axis=0),
+        helper.make_node("Max", ["scale1", "least_factors"], ["two_factors"]),
+        helper.make_node("Concat", ["ones2", "two_factors"], ["factors"], axis=0),
         *resample("pixels", "plain"),
         *resample("mirrored", "twin"),
         helper.make_node("Slice", ["twin", "minus1", "end", "axis3", "minus1"], ["twin_back"]),
@@ -98,7 +99,9 @@ def tiny_model(classes: int = len(CLASSES)) -> onnx.ModelProto:
         "zero": np.float32(0),
         "ones2": np.ones(2, np.float32),
         "axis0": np.array([0], np.int64),
+        "two": np.array([2], np.int64),
         "axis3": np.array([3], np.int64),
+        "four": np.array([4], np.int64),
         "minus1": np.array([-1], np.int64),
         "end": np.array([np.iinfo(np.int64).min], np.int64),
         "true": np.bool_(True),
@@ -108,6 +111,9 @@ def tiny_model(classes: int = len(CLASSES)) -> onnx.ModelProto:
         helper.make_node("Div", ["float_image", "white"], ["unit_image"]),
         helper.make_node("Transpose", ["unit_image"], ["pixels"], perm=[0, 3, 1, 2]),
         helper.make_node("Shape", ["pixels"], ["shape"]),
+        helper.make_node("Slice", ["shape", "two", "four"], ["size"]),
+        helper.make_node("Cast", ["size"], ["float_size"], to=TensorProto.FLOAT),
+        helper.make_node("Reciprocal", ["float_size"], ["least_factors"]),
         helper.make_node("Slice", ["pixels", "minus1", "end", "axis3", "minus1"], ["mirrored"]),
         helper.make_node("Size", ["scales"], ["count"]),
         helper.make_node("Conv", ["pixels", "weight", "bias"], ["like"]),
