@@ -1,12 +1,13 @@
-"""The one thread that runs a model, its queue, and what happens when it dies or hangs.
+"""The threads that run a model, their queue, and what happens when one dies or hangs.
 
 Jobs wait in order of arrival. A job whose caller has left, or whose deadline has passed, is dropped when its turn
-comes. Waiting pictures of one shape and one plan share a run where the device gains from that.
+comes. Waiting pictures of one shape and one plan share a run where the device gains from that. An engine with several
+lanes has as many runs side by side, each on a thread of its own.
 
     state      what it means                                     what brings it back
     starting   the model is being loaded and warmed up           -
     ready      jobs run                                          -
-    restarting the thread died or hung; its jobs have failed     a fresh session, warmed up, on a fresh thread
+    restarting a thread died or hung; its jobs have failed       a fresh engine, warmed up, on fresh threads
     failed     the model could not be loaded again               nothing: the process should be restarted
     closed     close() was called                                -
 """
@@ -46,14 +47,36 @@ class Job:
     queued: float = field(default_factory=time.monotonic)
 
 
-class Device:
-    """Runs jobs on one thread. `submit` gives a future of the segmentation and the seconds that it waited.
+@dataclass(eq=False)
+class _Run:
+    """What one thread is running: the jobs that are lost if it dies; times are monotonic."""
 
-    `load` makes a loaded engine; it is called on the device's thread, at the start and after each death.
+    jobs: list[Job]
+    beside: bool  # whether others ran or waited when it began
+    started: float
+    hangs_from: float
+    share_before: float  # see Device._share
+    thread: threading.Thread = field(default_factory=threading.current_thread)
+
+
+class Device:
+    """Runs jobs on threads of its own. `submit` gives a future of the segmentation and the seconds that it waited.
+
+    `load` makes a loaded engine; it is called on a thread of the device, at the start and after each death.
     `hang_seconds`: a run that takes longer than this, and than ten times its prediction, counts as hung.
+    `beside_pixels`: runs are side by side only while their pictures have no more pixels than this together, so that
+    lanes need no more memory than the largest picture does.
+
+    When a thread dies or hangs, its engine is given up: the other threads finish their runs on it, and end.
     """
 
-    def __init__(self, load: Callable[[], Engine], max_batch: int = 1, hang_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        max_batch: int = 1,
+        hang_seconds: float = 60.0,
+        beside_pixels: int = 16_000_000,
+    ) -> None:
         self.cost_model = CostModel()
         self.state: State = "starting"
         self.reason = ""
@@ -62,14 +85,15 @@ class Device:
         self._load = load
         self._max_batch = max_batch
         self._hang_seconds = hang_seconds
+        self._beside_pixels = beside_pixels
         self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
-        self._running_until = float("inf")
-        self._started = 0.0
+        self._runs: list[_Run] = []
+        self._share = 0.0  # seconds of the device that a run would have had by now, had it been there all along
+        self._share_counted = 0.0  # monotonic
         self._restarts = 0
         self._failure: BaseException | None = None
         self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []  # those that take jobs; a thread that is not among them is given up
         self._settled = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         self._start_thread()
@@ -99,53 +123,59 @@ class Device:
 
     @property
     def seconds_of_running(self) -> float:
-        """How long the present run has taken; 0 between runs."""
+        """How many seconds of the device the present runs have taken; 0 between runs."""
         with self._wake:
-            return time.monotonic() - self._started if self._running else 0.0
+            self._count_share()
+            return sum(self._share - run.share_before for run in self._runs)
 
     def close(self, timeout: float = 5.0) -> None:
-        """Fail what waits, let the present run end (for up to `timeout` seconds), and stop."""
+        """Fail what waits, let the present runs end (for up to `timeout` seconds), and stop."""
         with self._wake:
             self.state = "closed"
             waiting, self._waiting = self._waiting, deque()
+            threads = list(self._threads)
             self._wake.notify_all()
         for job in waiting:
             _fail([job], self.refusal())
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        until = time.monotonic() + timeout
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
 
-    def _start_thread(self) -> None:
-        self._thread = threading.Thread(target=self._live, name="device", daemon=True)
-        self._thread.start()
+    def _start_thread(self, engine: Engine | None = None) -> None:
+        """One more thread: for this engine, or without one the first of a fresh engine."""
+        thread = threading.Thread(target=self._live, args=(engine,), name="device", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
-    def _live(self) -> None:
-        """The life of one thread: load, then run jobs until it is closed, dies, or the watchdog gives it up."""
-        me = threading.current_thread()
+    def _live(self, engine: Engine | None) -> None:
+        """The life of one thread: load if need be, then run jobs until it is closed, dies, or is given up."""
         try:
-            engine = self._load()
-            with self._wake:
-                if self._given_up() or self.state == "closed":
-                    return
-                self.engine, self.state, self.reason = engine, "ready", ""
-            self._settled.set()
-            while True:
-                batch = self._next_batch()
-                if not batch:
-                    return
-                self._run(engine, batch)
+            if engine is None:
+                engine = self._load()
+                with self._wake:
+                    if self._given_up() or self.state == "closed":
+                        return
+                    self.engine, self.state, self.reason = engine, "ready", ""
+                    for _ in range(engine.lanes - 1):
+                        self._start_thread(engine)
+                self._settled.set()
+            while run := self._next_run():
+                self._run(engine, run, run.jobs)
         except BaseException as error:  # whatever ends the thread, those who wait must be told
             if self.engine is not None:  # before the first load has ended, whoever waits for it tells
                 _log.exception("the device thread died")
-            self._die(me, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", error)
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self._die(threading.current_thread(), reason, error)
 
-    def _next_batch(self) -> list[Job]:
-        """Wait for a job; it, and waiting ones that can share its run, become the running ones. Empty: closed."""
+    def _next_run(self) -> _Run | None:
+        """Wait for a job; it, and waiting ones that can share its run, become a run. None: the thread is to end."""
         with self._wake:
             while True:
-                while not self._waiting and self.state == "ready":
+                while self.state == "ready" and not self._given_up() and not self._has_turn():
                     self._wake.wait()
                 if self.state != "ready" or self._given_up():
-                    return []
+                    return None
                 job = self._waiting.popleft()
                 if not _wanted(job):
                     continue
@@ -155,79 +185,115 @@ class Device:
                     for other in alike:
                         self._waiting.remove(other)
                     batch += [other for other in alike if _wanted(other)]
-                predicted = self.cost_model.predict(_total(batch))
-                self._running = batch
-                self._started = time.monotonic()
-                self._running_until = self._started + max(self._hang_seconds, 10 * predicted)
-                self._wake.notify_all()
-                return batch
+                return self._begin(batch)
 
-    def _run(self, engine: Engine, batch: list[Job]) -> None:
-        try:
-            answers = engine.run([job.image for job in batch], batch[0].plan)
-        except Exception as error:
-            self._after_failure(engine, batch, error)
-            return
-        seconds = time.monotonic() - self._started
+    def _has_turn(self) -> bool:
+        """Whether the first waiting job may start: nothing runs, or what runs leaves room for its pixels."""
+        if not self._waiting:
+            return False
+        running = sum(_pixels(job) for run in self._runs for job in run.jobs)
+        return not self._runs or running + _pixels(self._waiting[0]) <= self._beside_pixels
+
+    def _begin(self, jobs: list[Job]) -> _Run:
+        """Enter a run of this thread into the books. The lock is held."""
+        self._count_share()
+        now = time.monotonic()
+        predicted = self.cost_model.predict(_total(jobs)) * (len(self._runs) + 1)
+        hangs_from = now + max(self._hang_seconds, 10 * predicted)
+        run = _Run(jobs, bool(self._runs or self._waiting), now, hangs_from, self._share)
+        self._runs.append(run)
+        return run
+
+    def _end(self, run: _Run) -> float | None:
+        """Strike a run off the books: the seconds of the device that it took, None where the watchdog was quicker."""
         with self._wake:
-            if self._given_up():
-                return
-            self._running, self._restarts = [], 0
-        self.cost_model.observe(_total(batch), seconds)
-        self.on_run(len(batch), seconds)
-        for job, answer in zip(batch, answers, strict=True):
-            job.done.set_result((answer, self._started - job.queued))
+            if run not in self._runs:
+                return None
+            self._count_share()
+            self._runs.remove(run)
+            self._wake.notify_all()
+            return self._share - run.share_before
+
+    def _count_share(self) -> None:
+        """Bring `_share` up to date: runs that are side by side have equal parts of the time that passes."""
+        now = time.monotonic()
+        if self._runs:
+            self._share += (now - self._share_counted) / len(self._runs)
+        self._share_counted = now
+
+    def _run(self, engine: Engine, run: _Run, jobs: list[Job]) -> None:
+        """Run these jobs of the run, which are all of it or its first."""
+        run_together = engine.run_beside if run.beside and engine.lanes > 1 else engine.run
+        try:
+            answers = run_together([job.image for job in jobs], jobs[0].plan)
+        except Exception as error:
+            self._after_failure(engine, run, jobs, error)
+            return
+        seconds = self._end(run)
+        if seconds is None:
+            return
+        with self._wake:
+            if not self._given_up():
+                self._restarts = 0
+            self.cost_model.observe(_total(jobs), seconds)
+        self.on_run(len(jobs), seconds)
+        for job, answer in zip(jobs, answers, strict=True):
+            job.done.set_result((answer, run.started - job.queued))
 
     def _given_up(self) -> bool:
-        """Whether the watchdog has replaced this thread; what it finds out then is of no use to anyone."""
-        return self._thread is not threading.current_thread()
+        """Whether this thread's engine has been given up; what the thread finds out then is of no use to anyone."""
+        return threading.current_thread() not in self._threads
 
-    def _after_failure(self, engine: Engine, batch: list[Job], error: Exception) -> None:
+    def _after_failure(self, engine: Engine, run: _Run, jobs: list[Job], error: Exception) -> None:
         """One run failed. Was it the picture, or the device? A small run of the engine's own tells."""
         _log.error("a run failed: %s", error)
-        engine.warm_up()  # raises where the device is broken, which ends the thread and fails the batch
-        with self._wake:
-            if self._given_up():
-                return
-            self._running = []
-        if len(batch) > 1:
-            for job in batch:
-                with self._wake:
-                    self._started, self._running = time.monotonic(), [job]
-                self._run(engine, [job])
+        engine.warm_up()  # raises where the device is broken, which ends the thread and fails the run
+        if self._end(run) is None:
             return
-        _fail(
-            batch, Refusal("model_failed", "the model failed on this picture; a smaller one, or fewer scales, may work")
-        )
+        if len(jobs) == 1:
+            text = "the model failed on this picture; a smaller one, or fewer scales, may work"
+            _fail(jobs, Refusal("model_failed", text))
+            return
+        for index, job in enumerate(jobs):
+            if job.done.done():  # the watchdog has failed this one and the rest
+                return
+            with self._wake:
+                rest = self._begin(jobs[index:])
+            self._run(engine, rest, [job])
 
     def _die(self, thread: threading.Thread, reason: str, error: BaseException) -> None:
-        """Fail exactly what was running, and start again, up to RESTARTS times in a row."""
+        """Fail exactly what the thread was running, and start again, up to RESTARTS times in a row."""
         with self._wake:
-            if self._thread is not thread or self.state == "closed":
-                return
-            first = self.engine is None
-            lost, self._running = self._running, []
-            self.reason = reason
-            self._restarts += 1
-            self.state = "failed" if first or self._restarts > RESTARTS else "restarting"
-            self._failure = error
+            self._count_share()
+            lost = [job for run in self._runs if run.thread is thread for job in run.jobs]
+            self._runs = [run for run in self._runs if run.thread is not thread]
+            restart = thread in self._threads and self.state != "closed"
             waiting: deque[Job] = deque()
-            if self.state == "failed":
-                waiting, self._waiting = self._waiting, waiting
-        _fail([*lost, *waiting], self.refusal())
-        self._settled.set()
-        if self.state == "restarting":
-            _log.warning("restarting the device thread (%d of %d)", self._restarts, RESTARTS)
-            self._start_thread()
+            if restart:
+                first = self.engine is None
+                self._threads = []
+                self.reason = reason
+                self._restarts += 1
+                self.state = "failed" if first or self._restarts > RESTARTS else "restarting"
+                self._failure = error
+                if self.state == "failed":
+                    waiting, self._waiting = self._waiting, waiting
+                else:
+                    _log.warning("restarting the device (%d of %d)", self._restarts, RESTARTS)
+                    self._start_thread()
+                self._wake.notify_all()
+        failure = Refusal("device_failed", f"the model is not running: {reason}", RETRY_SECONDS)
+        _fail([*lost, *waiting], failure)
+        if restart:
+            self._settled.set()
 
     def _watch(self) -> None:
-        """Give up a run that hangs: its thread is abandoned, as no thread can be killed, and another takes over."""
+        """Give up a run that hangs: its thread is abandoned, as no thread can be killed, and others take over."""
         while self.state not in ("failed", "closed"):
             with self._wake:
-                hung = bool(self._running) and time.monotonic() > self._running_until
-                thread = self._thread
-            if hung:
-                assert thread is not None
+                now = time.monotonic()
+                hung = [run.thread for run in self._runs if now > run.hangs_from]
+            for thread in hung:
                 _log.error("a run hangs; its thread is given up")
                 self._die(thread, "a run hung", TimeoutError("a run hung"))
             time.sleep(min(0.25, self._hang_seconds / 4))
@@ -241,6 +307,10 @@ def _wanted(job: Job) -> bool:
         _fail([job], Refusal("deadline_passed", "the request's time was up before its turn came"))
         return False
     return True
+
+
+def _pixels(job: Job) -> int:
+    return job.image.shape[0] * job.image.shape[1]
 
 
 def _alike(one: Job, other: Job) -> bool:

@@ -1,6 +1,7 @@
 """The .onnx file as a Python object: read it, check that it is ours, segment pictures. A library, no HTTP."""
 
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,6 +117,9 @@ class Engine:
 
     `threads` are those of one inference on the CPU, 0 for one per core; `gpu_memory_limit` bounds what ONNX Runtime
     takes on the GPU, in bytes, 0 for no limit.
+
+    With `lanes` above 1, and as many threads, a second session is opened for `run_beside`, each of whose runs has its
+    share of the threads. `lanes` says for how many runs side by side the engine is made: 1 on a GPU.
     """
 
     def __init__(
@@ -124,6 +128,7 @@ class Engine:
         device: Literal["auto", "cpu", "cuda"] = "auto",
         threads: int = 0,
         gpu_memory_limit: int = 0,
+        lanes: int = 1,
     ) -> None:
         self.path = model
         self._session = _open_session(model, execution_providers(device, gpu_memory_limit), threads)
@@ -134,6 +139,9 @@ class Engine:
         )
         if device == "cuda" and self.device != "cuda":
             raise ModelError("CUDA was asked for, but ONNX Runtime could not start it on this machine; try device cpu")
+        width = (threads or os.cpu_count() or 1) // lanes
+        self.lanes = lanes if self.device == "cpu" and width else 1
+        self._narrow = _open_session(model, _providers("cpu", 0), width) if self.lanes > 1 else self._session
         with model.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -190,15 +198,22 @@ class Engine:
 
     def run(self, images: Sequence[np.ndarray], plan: Plan) -> list[Segmentation]:
         """Segment pictures of one shape in one call of ONNX Runtime; with windows, in one call for each window."""
+        return self._run(self._session, images, plan)
+
+    def run_beside(self, images: Sequence[np.ndarray], plan: Plan) -> list[Segmentation]:
+        """As `run`, to the same bits, on the threads of one lane."""
+        return self._run(self._narrow, images, plan)
+
+    def _run(self, session: ort.InferenceSession, images: Sequence[np.ndarray], plan: Plan) -> list[Segmentation]:
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
         started = time.perf_counter()
         if plan.window:
-            answers = [self._windows(image, plan) for image in images]
+            answers = [self._windows(session, image, plan) for image in images]
         else:
             wanted = _OUTPUTS if plan.probabilities else _OUTPUTS[:2]
-            outputs = self._session.run(wanted, _feeds(images[0][None] if len(images) == 1 else np.stack(images), plan))
+            outputs = session.run(wanted, _feeds(images[0][None] if len(images) == 1 else np.stack(images), plan))
             answers = list(zip(*outputs, *([] if plan.probabilities else [[None] * len(images)]), strict=True))
         infer_ms = (time.perf_counter() - started) * 1000
         return [
@@ -206,7 +221,9 @@ class Engine:
             for mask, presence, probabilities in answers
         ]
 
-    def _windows(self, image: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def _windows(
+        self, session: ort.InferenceSession, image: np.ndarray, plan: Plan
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Mask, presence and (if the plan asks) probabilities of one picture, window by window."""
         height, width, _ = image.shape
         window, stride = plan.window, plan.stride
@@ -218,7 +235,7 @@ class Engine:
             for left in window_starts(width, window, stride):
                 part = (slice(top, top + window), slice(left, left + window))
                 crop = np.ascontiguousarray(image[part])
-                scores, probabilities = self._session.run(_OUTPUTS[1:], _feeds(crop[None], plan))
+                scores, probabilities = session.run(_OUTPUTS[1:], _feeds(crop[None], plan))
                 total[:, *part] += probabilities[0]
                 visits[part] += 1
                 np.maximum(presence, scores[0], out=presence)
@@ -236,6 +253,8 @@ class Engine:
             self.segment(grey)
         else:
             self.segment(grey, scales=(0.25,), flip=False)
+            if self.lanes > 1:
+                self.run_beside([grey], self.plan((0.25,), False))
 
 
 def _feeds(images: np.ndarray, plan: Plan) -> dict[str, np.ndarray]:

@@ -158,4 +158,4 @@ class Models:
 
 
 def _open_engine(path: Path, settings: Settings) -> Engine:
-    return Engine(path, settings.device, settings.threads, settings.gpu_memory_limit)
+    return Engine(path, settings.device, settings.threads, settings.gpu_memory_limit, settings.lanes)

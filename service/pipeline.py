@@ -49,7 +49,7 @@ class Estimate:
 class Pipeline:
     """Segments pictures with one model, as many at once as admission lets in.
 
-    To be used from one event loop. `readers` read headers, `workers` decode; the device's thread runs the model.
+    To be used from one event loop. `readers` read headers, `workers` decode; the device's threads run the model.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Pipeline:
         self.settings = settings
         self.workers = workers
         self.readers = readers
-        self.device = Device(load, settings.max_batch, settings.hang_seconds)
+        self.device = Device(load, settings.max_batch, settings.hang_seconds, settings.max_pixels)
         self.admitted_cost = 0
         self.admitted_requests = 0
         self.holders = 0  # see Models.hold

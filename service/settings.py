@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes the GPU where there is one.")
     threads: int = Field(default=0, ge=0, description="Threads for one inference on the CPU; 0 is one per core.")
+    lanes: int = Field(
+        default=2, ge=1, description="Pictures to run side by side on the CPU, which then share the threads."
+    )
     gpu_memory_limit: int = Field(default=0, ge=0, description="Most bytes to take on the GPU; 0 is no limit.")
     max_batch: int = Field(default=1, ge=1, le=64, description="Most waiting pictures of one shape to run together.")
 

@@ -15,14 +15,19 @@ from service.engine import Engine
 from service.errors import Refusal
 
 GREY = np.full((8, 8, 3), 128, np.uint8)
+STUCK = (4, 4)
 WAIT = 60  # seconds, far more than needed, so that a busy machine does not fail a test
 
 
 class Moody(Engine):
-    """An engine whose runs can be made to block, to fail, or to end their thread; warm-ups mind `broken` only."""
+    """An engine whose runs can be made to block, to fail, or to end their thread; warm-ups mind `broken` only.
 
-    def __init__(self, model: Path) -> None:
-        super().__init__(model, "cpu", 1)
+    `runs` has the number of pictures of each run in the order in which they began, `beside` how many of the runs had
+    one lane's threads only.
+    """
+
+    def __init__(self, model: Path, lanes: int) -> None:
+        super().__init__(model, "cpu", lanes, lanes=lanes)
         self.go_on = threading.Event()
         self.go_on.set()
         self.entered = threading.Event()
@@ -30,18 +35,32 @@ class Moody(Engine):
         self.broken_after_failure = False
         self.broken = False
         self.runs: list[int] = []
+        self.beside = 0
+        self.stuck = threading.Event()  # set once a picture of the shape STUCK is being run, until come_back
+        self.come_back = threading.Event()
 
     def run(self, images: Any, plan: Any) -> Any:
+        self.meet(images, plan)
+        return super().run(images, plan)
+
+    def run_beside(self, images: Any, plan: Any) -> Any:
+        self.beside += plan.scales == (1.0,)
+        self.meet(images, plan)
+        return super().run_beside(images, plan)
+
+    def meet(self, images: Any, plan: Any) -> None:
         if self.broken:
             raise RuntimeError("the device is gone")
         if plan.scales == (1.0,):  # not a warm-up
             self.runs.append(len(images))
             self.entered.set()
+            if images[0].shape[:2] == STUCK:
+                self.stuck.set()
+                assert self.come_back.wait(WAIT)
             assert self.go_on.wait(WAIT)
             if self.failures and (failure := self.failures.pop(0)):
                 self.broken = self.broken_after_failure
                 raise failure
-        return super().run(images, plan)
 
 
 @pytest.fixture
@@ -54,9 +73,9 @@ def engines() -> list[Moody]:
 def device(model_file: Path, engines: list[Moody]) -> Iterator[Callable[..., Device]]:
     made: list[Device] = []
 
-    def make(**options: Any) -> Device:
+    def make(lanes: int = 1, **options: Any) -> Device:
         def load() -> Engine:
-            engines.append(Moody(model_file))
+            engines.append(Moody(model_file, lanes))
             return engines[-1]
 
         made.append(Device(load, **options))
@@ -67,6 +86,7 @@ def device(model_file: Path, engines: list[Moody]) -> Iterator[Callable[..., Dev
     for one in made:
         for engine in engines:
             engine.go_on.set()
+            engine.come_back.set()
         one.close()
 
 
@@ -116,6 +136,24 @@ def test_in_a_shared_run_only_the_picture_at_fault_fails(device: Callable[..., D
     assert [other.exception(WAIT) is not None for other in others] == [True, False, False]
     assert engines[0].runs == [1, 3, 1, 1, 1]
     assert served.state == "ready"
+
+
+def test_a_device_that_dies_over_a_shared_run_fails_all_that_is_left_of_it(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(max_batch=4)
+    engines[0].go_on.clear()
+    submit(served)
+    assert engines[0].entered.wait(WAIT)
+    others = [submit(served) for _ in range(3)]
+    engines[0].failures = [None, RuntimeError("together"), None, SystemExit()]
+    engines[0].go_on.set()
+    errors = [other.exception(WAIT) for other in others]
+    assert [error.code if isinstance(error, Refusal) else error for error in errors] == [
+        None,
+        "device_failed",
+        "device_failed",
+    ]
 
 
 def test_waiting_pictures_of_one_shape_share_a_run(device: Callable[..., Device], engines: list[Moody]) -> None:
@@ -235,3 +273,98 @@ def test_what_the_first_load_raises_reaches_the_caller() -> None:
     with pytest.raises(ValueError, match="no such model"):
         served.wait_until_started()
     assert served.state == "failed"
+
+
+# ---- lanes
+
+
+def test_a_lone_picture_has_all_threads_and_pictures_side_by_side_share_them(
+    device: Callable[..., Device], engines: list[Moody], engine: Engine
+) -> None:
+    served = device(lanes=2)
+    submit(served).result(WAIT)
+    assert (engines[0].runs, engines[0].beside) == ([1], 0)
+    engines[0].go_on.clear()
+    jobs = [submit(served) for _ in range(4)]
+    until(lambda: len(engines[0].runs) == 3)
+    time.sleep(0.05)
+    assert len(engines[0].runs) == 3, "two at a time"
+    engines[0].go_on.set()
+    for job in jobs:
+        np.testing.assert_array_equal(job.result(WAIT)[0].mask, engine.segment(GREY).mask)
+    assert engines[0].beside >= 2, "those that began while others ran or waited"
+
+
+def test_a_dead_lane_fails_its_own_run_only(device: Callable[..., Device], engines: list[Moody]) -> None:
+    served = device(lanes=2)
+    neighbour = submit(served, shape=STUCK)
+    assert engines[0].stuck.wait(WAIT)
+    engines[0].failures = [SystemExit()]
+    engines[0].go_on.clear()
+    dying, waiting = submit(served), submit(served)
+    until(lambda: len(engines[0].runs) == 2)
+    engines[0].go_on.set()
+    error = dying.exception(WAIT)
+    assert isinstance(error, Refusal)
+    assert error.code == "device_failed"
+    assert waiting.result(WAIT)[0].mask.shape == (8, 8), "what waited is served by a fresh engine"
+    assert not neighbour.done()
+    engines[0].come_back.set()
+    assert neighbour.result(WAIT)[0].mask.shape == STUCK
+    assert (len(engines), len(engines[0].runs), served.state) == (2, 2, "ready")
+
+
+def test_a_hung_lane_fails_its_own_run_only(device: Callable[..., Device], engines: list[Moody]) -> None:
+    served = device(lanes=2, hang_seconds=0.5)
+    hung, other = submit(served, shape=STUCK), submit(served)
+    assert other.result(WAIT)[0].mask.shape == (8, 8)
+    error = hung.exception(WAIT)
+    assert isinstance(error, Refusal)
+    assert "hung" in error.message
+    until(lambda: served.state == "ready")
+    engines[0].come_back.set()  # the hung run comes back to life; nobody minds
+    submit(served).result(WAIT)
+    assert len(engines) == 2
+
+
+def test_a_device_gone_under_two_lanes_is_restarted_once(device: Callable[..., Device], engines: list[Moody]) -> None:
+    served = device(lanes=2)
+    engines[0].go_on.clear()
+    jobs = [submit(served), submit(served)]
+    until(lambda: len(engines[0].runs) == 2)
+    engines[0].failures = [RuntimeError("illegal memory access"), RuntimeError("illegal memory access")]
+    engines[0].broken_after_failure = True
+    engines[0].go_on.set()
+    errors = [job.exception(WAIT) for job in jobs]
+    assert [error.code if isinstance(error, Refusal) else error for error in errors] == ["device_failed"] * 2
+    until(lambda: served.state == "ready")
+    submit(served).result(WAIT)
+    assert len(engines) == 2
+
+
+def test_large_pictures_run_one_at_a_time(device: Callable[..., Device], engines: list[Moody]) -> None:
+    served = device(lanes=2, beside_pixels=2 * 64 - 1)
+    engines[0].go_on.clear()
+    jobs = [submit(served), submit(served)]
+    assert engines[0].entered.wait(WAIT)
+    time.sleep(0.05)
+    assert len(engines[0].runs) == 1
+    engines[0].go_on.set()
+    for job in jobs:
+        job.result(WAIT)
+
+
+def test_runs_side_by_side_share_the_devices_time(device: Callable[..., Device], engines: list[Moody]) -> None:
+    served = device(lanes=2)
+    engines[0].go_on.clear()
+    before = time.monotonic()
+    jobs = [submit(served), submit(served)]
+    until(lambda: len(engines[0].runs) == 2)
+    both = time.monotonic()
+    time.sleep(0.05)
+    least = time.monotonic() - both
+    assert least <= served.seconds_of_running <= time.monotonic() - before
+    engines[0].go_on.set()
+    for job in jobs:
+        job.result(WAIT)
+    assert served.seconds_of_running == 0

@@ -50,5 +50,15 @@ def test_scales_and_flip_change_the_answer_a_little(engine: Engine) -> None:
     assert 0.6 < (plain == merged).mean() < 1
 
 
+def test_a_lane_gives_the_same_bits_as_all_threads() -> None:
+    engine = Engine(EMBEDDED_MODEL, device="cpu", threads=2, lanes=2)
+    pixels = decode(STREET.read_bytes(), max_bytes=1 << 30, max_pixels=1 << 27).pixels
+    plan = engine.plan((0.5,), True, probabilities=True)
+    (alone,), (beside,) = engine.run([pixels], plan), engine.run_beside([pixels], plan)
+    np.testing.assert_array_equal(beside.mask, alone.mask)
+    np.testing.assert_array_equal(beside.presence, alone.presence)
+    np.testing.assert_array_equal(beside.probabilities, alone.probabilities)
+
+
 def test_the_file_is_small_enough_for_the_repository() -> None:
     assert EMBEDDED_MODEL.stat().st_size <= 40_000_000

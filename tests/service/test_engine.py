@@ -92,6 +92,20 @@ def test_threads_may_share_an_engine(engine: Engine, quadrants: np.ndarray) -> N
     np.testing.assert_array_equal(together, alone)
 
 
+def test_a_lane_gives_the_same_bits_as_all_threads(model_file: Path, quadrants: np.ndarray) -> None:
+    engine = Engine(model_file, "cpu", threads=2, lanes=2)
+    assert engine.lanes == 2
+    for options in ({}, {"window": 16, "probabilities": True}):
+        plan = engine.plan((0.5, 1.0), True, **options)
+        (alone,), (beside,) = engine.run([quadrants], plan), engine.run_beside([quadrants], plan)
+        np.testing.assert_array_equal(beside.mask, alone.mask)
+        np.testing.assert_array_equal(beside.presence, alone.presence)
+
+
+def test_there_are_no_more_lanes_than_threads(model_file: Path) -> None:
+    assert Engine(model_file, "cpu", threads=1, lanes=2).lanes == 1
+
+
 def test_a_view_of_an_array_will_do(engine: Engine, quadrants: np.ndarray, quadrants_mask: np.ndarray) -> None:
     np.testing.assert_array_equal(engine.segment(quadrants[::-1]).mask, quadrants_mask[::-1])
 

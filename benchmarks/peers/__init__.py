@@ -1,0 +1,1 @@
+"""The same segmentation behind other servers, each written as its own documentation would."""
