@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.malformed import Stock, Tally, malformed, send, stock_for, table
+from benchmarks.malformed import TIMEOUT_MS, Stock, Tally, malformed, send, stock_for, table
 from benchmarks.pictures import photo
 from benchmarks.server import RESULTS, Server, facts, serving
 from benchmarks.wire import Request, form, request_bytes
@@ -135,7 +135,10 @@ def main() -> None:
     options = parser.parse_args()
     seconds = options.minutes * 60
     console = Console()
-    with serving(options.url) as server, Progress(console=Console(stderr=True)) as progress:
+    with (
+        serving(options.url, ENCNET_TIMEOUT_MS=str(TIMEOUT_MS)) as server,
+        Progress(console=Console(stderr=True)) as progress,
+    ):
         stock = stock_for(server.url, LARGEST_SIDE)
         bar = progress.add_task("loading", total=seconds)
         requests = mixed(options.seed, stock)
