@@ -52,8 +52,8 @@ def seeded_network(config: ModelConfig) -> EncNet:
 
 def export(network: EncNet, folder: Path, *options: str) -> Path:
     """The .onnx file of a network. Raises RuntimeError with what the export command printed."""
-    classes = tuple(f"class {index}" for index in range(network.config.num_classes))
-    palette = tuple((index % 256, index * 7 % 256, index * 13 % 256) for index in range(len(classes)))
+    classes = [f"class {index}" for index in range(network.config.num_classes)]
+    palette = [[index % 256, index * 7 % 256, index * 13 % 256] for index in range(len(classes))]
     checkpoint = Checkpoint(
         config=network.config,
         weights=network.state_dict(),

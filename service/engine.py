@@ -141,7 +141,7 @@ class Engine:
             raise ModelError("CUDA was asked for, but ONNX Runtime could not start it on this machine; try device cpu")
         width = (threads or os.cpu_count() or 1) // lanes
         self.lanes = lanes if self.device == "cpu" and width else 1
-        self._narrow = _open_session(model, _providers("cpu", 0), width) if self.lanes > 1 else self._session
+        self._narrow = _open_session(model, execution_providers("cpu", 0), width) if self.lanes > 1 else self._session
         with model.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -26,4 +26,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that Ray's processes are ended too
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
-    serve.run(Segmentation.bind(), route_prefix="/segment", blocking=True)
+    serve.run(Segmentation.bind(), route_prefix="/segment", blocking=True)  # type: ignore[attr-defined]
