@@ -111,7 +111,7 @@ def copies(file: Path, device: str, image: np.ndarray) -> dict[str, int]:
     session = ort.InferenceSession(
         file, options, providers=execution_providers("cuda" if device == "cuda" else "cpu", 0)
     )
-    feeds = {"image": image[None], "scales": np.asarray(AUTHORS_SCALES, np.float32), "flip": np.bool_(True)}
+    feeds = {"image": image[None], "scales": np.asarray(AUTHORS_SCALES, np.float32), "flip": np.asarray(True)}
     session.run(("mask", "presence"), feeds)
     profile = Path(session.end_profiling())
     names = [event["args"].get("op_name") for event in json.loads(profile.read_text()) if "args" in event]
