@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
     """uvicorn that drains: on the first SIGTERM or Ctrl-C new work gets 503, what is in flight is finished.
 
     The socket stays open meanwhile, so that load balancers read /readyz and late requests get an answer. A second
-    signal, or the end of the grace period, stops at once.
+    signal, or the end of the grace period, stops within a second.
     """
 
     def __init__(self, config: uvicorn.Config, models: Models, ready: Callable[[], None]) -> None:
@@ -98,6 +98,8 @@ class Server(uvicorn.Server):
         until = self._loop.time() + grace
         while self._models.in_flight and self._loop.time() < until:
             await asyncio.sleep(_POLL_SECONDS)
+        # What has left the device may still be encoded or on its way out; the grace period is for both together.
+        self.config.timeout_graceful_shutdown = max(1, round(until - self._loop.time()))
         self.should_exit = True
 
     def _reload(self) -> None:

@@ -101,9 +101,11 @@ class Settings(BaseSettings):
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _ranges_are_not_empty(self) -> "Settings":
+    def _settings_agree(self) -> "Settings":
         if self.min_scale > self.max_scale:
             raise ValueError(f"min_scale {self.min_scale:g} is above max_scale {self.max_scale:g}")
+        if self.model.stem in self.models:
+            raise ValueError(f"models: the name {self.model.stem} is that of model {self.model}; choose another")
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError(f"timeout_ms {self.timeout_ms} is above max_timeout_ms {self.max_timeout_ms}")
         return self

@@ -178,6 +178,11 @@ def test_settings_read_models_keys_and_origins_from_the_environment(
     assert "one" not in repr(settings)
 
 
+def test_two_models_of_one_name_are_refused(settings: Settings, other_model: Path) -> None:
+    with pytest.raises(ValueError, match="the name tiny is that of model"):
+        Settings(model=settings.model, models={"tiny": other_model})
+
+
 def test_every_setting_is_in_the_readme_and_in_help() -> None:
     readme = (Path(service.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     shown = CliRunner().invoke(cli, ["serve", "--help"], env={"COLUMNS": "300"}).output

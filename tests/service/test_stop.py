@@ -16,6 +16,7 @@ import pytest
 from tiny_model import encoded
 
 import service
+from service.server import DIED
 from service.supervisor import QUICK_DEATHS
 
 ROOT = Path(service.__file__).parents[1]
@@ -106,6 +107,22 @@ def test_the_grace_period_ends_a_stop_that_would_take_too_long(serve: Serve, big
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT) == 0
         assert any(answer.exception() is not None or answer.result().status_code != 200 for answer in answers)
+
+
+def test_a_server_whose_model_is_gone_for_good_ends_for_its_supervisor(model_file: Path) -> None:
+    script = (
+        "import sys\n"
+        "from service import server\n"
+        "from service.settings import Settings\n"
+        "def ready(models):\n"
+        "    models.pipeline().device.state = 'failed'\n"
+        "settings = Settings(model=sys.argv[1], device='cpu', threads=1, port=0)\n"
+        "server.run(settings, server.listen(settings), ready)"
+    )
+    command = [sys.executable, "-c", script, str(model_file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == DIED
+    assert "could not be started again" in done.stderr
 
 
 def test_sighup_loads_the_model_anew(serve: Serve) -> None:
