@@ -369,11 +369,11 @@ def _settings(**given: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        faults = [
-            f"{name if given.get(name) is not None else f'ENCNET_{name.upper()}'}: {fault['msg']}"
-            for fault in error.errors(include_url=False)
-            for name in [".".join(map(str, fault["loc"]))]
-        ]
+        faults = []
+        for fault in error.errors(include_url=False):
+            name, text = ".".join(map(str, fault["loc"])), str(fault["msg"]).removeprefix("Value error, ")
+            where = name if given.get(name) is not None else f"ENCNET_{name.upper()}"
+            faults.append(f"{where}: {text}" if name else text)
         _fail("; ".join(faults), code=2)
 
 
