@@ -121,7 +121,7 @@ def check_same(whole: bytes, batched: bytes, library: Path | None) -> None:
     found = _session(batched, library).run(names, {"image": image, "scales": scales, "flip": flip})
     runtime = _session(whole, library)
     for group in ([0, 2], [1]):
-        feeds = {"image": image[group], "scales": scales[group[0]], "flip": flip[group[0], 0]}
+        feeds = {"image": image[group], "scales": scales[group[0]], "flip": flip[group[0]].reshape(())}
         for name, expected, answer in zip(names, runtime.run(names, feeds), found, strict=True):
             if not numpy.array_equal(answer[group], expected):
                 raise ParityError(f"the graph for Triton and the whole graph differ in {name}; nothing is written")

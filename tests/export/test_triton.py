@@ -12,11 +12,13 @@ import numpy
 import onnx
 import onnxruntime
 import pytest
-from networks import copy_of, exported_network, pictures, small_checkpoint, small_network
+import torch
+from networks import copy_of, exported_network, pictures, small_checkpoint
 
 from export import cli, triton
 from export.whole import subgraphs
 from model.checkpoint import save_checkpoint
+from model.predict import predict
 from service import kernels
 from service.engine import Engine
 from tests.service.tiny_model import CLASSES, METADATA, tiny_model
@@ -210,7 +212,7 @@ def test_requests_that_are_joined_get_the_answers_of_the_service(
     backend = Backend(repository / "encnet-camvid")
     assert bool(backend.config.model_operations.op_library_filename) == library
 
-    images = pictures(5, 72, 96)
+    images = list(pictures(5, 72, 96))
     plain, mirrored, other = ([0.5, 0.25], False), ([0.5, 0.25], True), ([0.25, 0.375], True)
     views = [plain, other, plain, mirrored, other]
     answers = backend.infer([request(image, *view) for image, view in zip(images, views, strict=True)])
@@ -266,25 +268,24 @@ def test_masks_of_many_classes_are_wide(tmp_path: Path) -> None:
     numpy.testing.assert_array_equal(answer["mask"][0], Engine(tmp_path / "wide.onnx").segment(image).mask)
 
 
-def test_from_a_checkpoint_beside_the_file(
+def test_from_a_checkpoint_without_a_file_beside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "core_model", lambda network, fp16: copy_of(exported_network()[1]))
-    checkpoint = tmp_path / "small.pt"
-    save_checkpoint(checkpoint, small_checkpoint(small_network()))
-    models = tmp_path / "models"
-    assert (
-        export(checkpoint, "--output", tmp_path / "street.onnx", "--triton-repository", models, "--name", "street") == 0
-    )
-    assert f"{models}/street/1: written" in capsys.readouterr().out
-    assert export(checkpoint, "--triton-repository", models, "--name", "street", "--compact") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "small.pt", "street.onnx"]
-    assert sorted(path.name for path in (models / "street").iterdir() if path.name.isdecimal()) == ["1", "2"]
-    backend = Backend(models / "street")
-    (image,) = pictures(1, 40, 56)
-    (answer,) = backend.infer([request(image, [0.5, 1.0], True)])
-    segmented = Engine(tmp_path / "street.onnx", "cpu", 1).segment(image)
-    assert (answer["mask"][0] == segmented.mask).mean() > 0.99, "rounded weights, nothing else"
+    network, translated = exported_network()
+    monkeypatch.setattr(cli, "core_model", lambda network, fp16: copy_of(translated))
+    checkpoint = small_checkpoint(network)
+    save_checkpoint(tmp_path / "small.pt", checkpoint)
+    assert export(tmp_path / "small.pt", "--triton-repository", tmp_path / "models", "--name", "street") == 0
+    said = capsys.readouterr().out
+    assert "ONNX Runtime and PyTorch" in said
+    assert f"{tmp_path}/models/street/1: written" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "small.pt"]
+    images = pictures(1, 40, 56)
+    (answer,) = Backend(tmp_path / "models" / "street").infer([request(images[0], [0.5, 1.0], True)])
+    views = {"base_size": checkpoint.base_size, "scales": (0.5, 1.0), "flip": True}
+    expected = predict(network, torch.from_numpy(images), mean=checkpoint.mean, std=checkpoint.std, **views)
+    assert (answer["mask"] == expected.probabilities.argmax(1).numpy()).mean() > 0.999
+    numpy.testing.assert_allclose(answer["presence"], expected.presence.numpy(), rtol=0, atol=1e-3)
 
 
 def test_the_same_graph_is_not_written_twice_and_another_becomes_the_next_version(
