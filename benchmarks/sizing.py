@@ -1,12 +1,13 @@
-"""What one CPU core serves, or one GPU: `python -m benchmarks.sizing [--device cuda]`, two or three minutes.
+"""What one CPU core serves, or one GPU: `python -m benchmarks.sizing [--device cuda]`, about two minutes.
 
 Pictures go the way of `python -m service segment`, one after another: JPEG to pixels, the embedded model by the
-service's engine, label map to PNG. On the CPU the whole process stays on one core, and the engine has one thread. On a
-GPU decoding and encoding are measured on a core of the machine, and counted as cores that feed the GPU.
+service's engine, label map to PNG; each load in a process of its own, so that its memory is its own. On the CPU the
+process stays on one core, the engine has one thread, and times are CPU time, so that they mean something on a busy
+machine too. On a GPU they are those of the clock, and decoding and encoding tell how many cores feed it.
 
-Results go into benchmarks/results/sizing.json, each device's beside the others', and the rows of the README's table to
-standard output. Until a GPU has been measured its column is computed from the parts: the multiplications of a view,
-counted in ONNX Runtime's profile, and the bytes of the merging, at the shares of an H200's peaks in ASSUMED.
+Results go into benchmarks/results/sizing.json, each device's beside the other's, and the rows of the README's table to
+standard output. Until a GPU has been measured its column is computed from the parts: the operations of a view, counted
+in ONNX Runtime's profile, and the bytes of the merging, at the shares of an H200's peaks in ASSUMED.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -91,25 +94,32 @@ class Times:
 def measure(engine: Engine, load: Load, seconds: float) -> Times:
     """Pictures of a load, one after another, for so long and two at least, after a first one that does not count."""
     data = photo(*load.size)
-    segment_file(engine, data, load)
+    clock = time.process_time if engine.device == "cpu" else time.perf_counter
+    segment_file(engine, data, load, clock)
     _forget_peak()
     parts = []
-    end = time.perf_counter() + seconds
-    while len(parts) < 2 or time.perf_counter() < end:
-        parts.append(segment_file(engine, data, load))
+    end = clock() + seconds
+    while len(parts) < 2 or clock() < end:
+        parts.append(segment_file(engine, data, load, clock))
     return Times(*(1000 * statistics.median(part) for part in zip(*parts, strict=True)), memory_mb=_peak_mb())
 
 
-def segment_file(engine: Engine, data: bytes, load: Load) -> tuple[float, float, float]:
+def segment_file(engine: Engine, data: bytes, load: Load, clock: Callable[[], float]) -> tuple[float, float, float]:
     """Seconds for decoding a picture file, segmenting it, and encoding its mask."""
     limits = Settings()
-    begun = time.perf_counter()
+    begun = clock()
     picture = decode(data, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, max_side=load.max_side)
-    decoded = time.perf_counter()
+    decoded = clock()
     mask = engine.segment(picture.pixels, load.scales, load.flip).mask
-    segmented = time.perf_counter()
+    segmented = clock()
     mask_png(mask, engine.metadata.classes, engine.metadata.palette, {})
-    return decoded - begun, segmented - decoded, time.perf_counter() - segmented
+    return decoded - begun, segmented - decoded, clock() - segmented
+
+
+def measure_alone(device: Literal["cpu", "cuda"], load: Load, seconds: float) -> Times:
+    """As `measure`, of the embedded model on one core, in a process that does nothing else."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    return measure(Engine(EMBEDDED_MODEL, device, threads=1), load, seconds)
 
 
 def _forget_peak() -> None:
@@ -175,12 +185,12 @@ def rows(result: dict[str, Any]) -> list[str]:
         feeding = by_gpu * (cpu["decode_ms"] + cpu["encode_ms"]) / 1000
         cells = [
             name,
-            f"{core:.2f}",
+            f"{core:.2g}",
             f"{cpu['memory_mb']:.0f}",
-            f"{_million(core, result['cpu']['dollars_per_hour']):.2f}",
-            f"{by_gpu:.0f}",
+            f"{_million(core, result['cpu']['dollars_per_hour']):.1f}",
+            f"{by_gpu:.2g}",
             f"{feeding:.1f}",
-            f"{_million(by_gpu, result['computed']['dollars_per_hour']):.2f}",
+            f"{_million(by_gpu, result['computed']['dollars_per_hour']):.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -194,20 +204,19 @@ def _million(pictures_per_s: float, dollars_per_hour: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--seconds", type=float, default=10, help="for each load (default 10)")
+    parser.add_argument("--seconds", type=float, default=10, help="of each load (default 10)")
     parser.add_argument("--core-hour", type=float, default=CORE_HOUR, help=f"dollars, assumed (default {CORE_HOUR:g})")
     parser.add_argument("--gpu-hour", type=float, default=GPU_HOUR, help=f"dollars, assumed (default {GPU_HOUR:g})")
     options = parser.parse_args()
-    core = min(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {core})
     try:
         engine = Engine(EMBEDDED_MODEL, options.device, threads=1)
     except ModelError as error:
         parser.error(str(error))
-    measured = {
-        str(load): {key: round(value, 2) for key, value in asdict(measure(engine, load, options.seconds)).items()}
-        for load in track(LOADS, description=f"measuring on {options.device}")
-    }
+    measured = {}
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for load in track(LOADS, description=f"measuring on {options.device}"):
+            times = pool.submit(measure_alone, options.device, load, options.seconds).result()
+            measured[str(load)] = {key: round(value, 2) for key, value in asdict(times).items()}
     result: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     result[options.device] = {
         **facts(f"python -m benchmarks.sizing --device {options.device} --seconds {options.seconds:g}"),
