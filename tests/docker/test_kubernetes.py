@@ -24,7 +24,7 @@ PLAIN = [path for path in sorted((FOLDER / "cpu").glob("*.yaml")) if path.name !
 KSERVE = FOLDER / "kserve" / "inferenceservice.yaml"
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl here")
 
-# Beside the fields of a pod, by the models in KServe 0.21 (V1beta1PredictorSpec), whose package is too heavy for a test.
+# Beside the fields of a pod, by the models in KServe 0.21 (V1beta1PredictorSpec), too heavy a package for a test.
 PREDICTOR_FIELDS = {
     "minReplicas": int,
     "maxReplicas": int,
