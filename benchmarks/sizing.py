@@ -97,11 +97,12 @@ def measure(engine: Engine, load: Load, seconds: float) -> Times:
     clock = time.process_time if engine.device == "cpu" else time.perf_counter
     segment_file(engine, data, load, clock)
     _forget_peak()
-    parts = []
+    parts: list[tuple[float, float, float]] = []
     end = clock() + seconds
     while len(parts) < 2 or clock() < end:
         parts.append(segment_file(engine, data, load, clock))
-    return Times(*(1000 * statistics.median(part) for part in zip(*parts, strict=True)), memory_mb=_peak_mb())
+    decoding, running, encoding = (1000 * statistics.median(part) for part in zip(*parts, strict=True))
+    return Times(decoding, running, encoding, _peak_mb())
 
 
 def segment_file(engine: Engine, data: bytes, load: Load, clock: Callable[[], float]) -> tuple[float, float, float]:
@@ -176,22 +177,25 @@ def computed_gpu_ms(engine: Engine, load: Load, flops: float) -> float:
 
 
 def rows(result: dict[str, Any]) -> list[str]:
-    """The README's table: what a core serves and costs, and what a GPU does, measured or computed."""
+    """The README's table: what a core serves and costs, and what a GPU does, measured or computed, to two digits.
+
+    Name; pictures a second, peak in MB and dollars a million of one core; pictures a second of a GPU, the cores that
+    decode and encode for it, dollars a million without these.
+    """
     lines = []
     for name, cpu in result["cpu"]["loads"].items():
         core = 1000 / (cpu["decode_ms"] + cpu["run_ms"] + cpu["encode_ms"])
         gpu = result.get("cuda", {}).get("loads", {}).get(name) or {"run_ms": result["computed"]["gpu_ms"][name]}
         by_gpu = 1000 / gpu["run_ms"]
-        feeding = by_gpu * (cpu["decode_ms"] + cpu["encode_ms"]) / 1000
-        cells = [
-            name,
-            f"{core:.2g}",
-            f"{cpu['memory_mb']:.0f}",
-            f"{_million(core, result['cpu']['dollars_per_hour']):.1f}",
-            f"{by_gpu:.2g}",
-            f"{feeding:.1f}",
-            f"{_million(by_gpu, result['computed']['dollars_per_hour']):.1f}",
+        figures = [
+            core,
+            cpu["memory_mb"],
+            _million(core, result["cpu"]["dollars_per_hour"]),
+            by_gpu,
+            by_gpu * (cpu["decode_ms"] + cpu["encode_ms"]) / 1000,
+            _million(by_gpu, result["computed"]["dollars_per_hour"]),
         ]
+        cells = [name, *(f"{float(f'{figure:.2g}'):g}" for figure in figures)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
