@@ -238,7 +238,7 @@ def test_msrc21_with_either_labels_and_its_pictures_in_two_splits():
     assert len(leave_out(splits[2], ["1_26_s", "1_27_s"])) == 254
     official, clean = splits[1], open_dataset(root, "val", "msrc21-clean")
     assert clean.ids == official.ids and list(problems(clean)) == [None] * 59
-    ignored = [numpy.mean([data.load(i)[1] == 255 for i in range(5)]) for data in (official, clean)]
+    ignored = [sum((data.load(index)[1] == 255).sum() for index in range(5)) for data in (official, clean)]
     assert ignored[1] < ignored[0], "the clean labels are denser"
 
 
@@ -324,7 +324,9 @@ def test_a_folder_with_several_data_sets_needs_a_name(tmp_path):
 @pytest.mark.parametrize("path", sorted(CLASSES.glob("*.json")), ids=lambda path: path.stem)
 def test_class_files_are_distinct_in_name_and_colour(path):
     names, palette = read_classes(path)
-    assert len(set(names)) == len(names) and len(set(map(tuple, palette))) == len(palette)
+    assert len(set(names)) == len(names)
+    shared = [name for name, colour in zip(names, palette, strict=True) if palette.count(colour) > 1]
+    assert shared == (["road", "skyscraper"] if path.stem == "ade20k" else []), "ADE20K's palette has one colour twice"
 
 
 TINY = [

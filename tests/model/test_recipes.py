@@ -38,9 +38,20 @@ def test_a_recipes_network_has_a_score_for_every_class_of_its_data_set(path):
     recipe = read(path.stem)
     (classes,) = {NUMBER_OF_CLASSES[name] for name in NUMBER_OF_CLASSES if path.stem.startswith(name)}
     with torch.device("meta"):
-        outputs = EncNet(recipe.model_config(classes)).eval()(torch.empty(1, 3, 64, 96))
-    assert outputs.logits.shape == (1, classes, 64, 96) and outputs.presence_logits.shape == (1, classes)
+        weights = EncNet(recipe.model_config(classes)).state_dict()
+    for layer in ("head.classifier", "head.presence", "aux.classifier"):
+        assert len(weights[f"{layer}.bias"]) == classes
     assert recipe.layout == "" or recipe.layout in LAYOUTS
+
+
+@pytest.mark.parametrize(
+    ("stem", "classes", "millions"),
+    [("ade20k-resnet50s", 150, 36.16), ("ade20k-resnet101s", 150, 55.16), ("context-resnet50s", 59, 43.92)],
+)
+def test_the_authors_networks_have_as_many_parameters_as_theirs(stem, classes, millions):
+    with torch.device("meta"):
+        network = EncNet(read(stem).model_config(classes))
+    assert sum(value.numel() for value in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 def test_the_class_files_have_as_many_classes():
