@@ -40,7 +40,7 @@ def layout_of(root: Path, name: str = "") -> Layout:
     found = [layout for layout in LAYOUTS.values() if layout.found(root)]
     if len(found) > 1:
         listed = ", ".join(f"{layout.name} ({layout.title})" for layout in found)
-        raise DataError(f"{root}: several data sets, {listed}; name the one that is meant as layout")
+        raise DataError(f"{root}: several data sets, {listed}; name one of them as the layout")
     if not found:
         raise DataError(
             f"{root}: not a data set; expected classes.json with images/, labels/ and splits/, "

@@ -242,6 +242,12 @@ def test_msrc21_with_either_labels_and_its_pictures_in_two_splits():
     assert ignored[1] < ignored[0], "the clean labels are denser"
 
 
+def test_clean_labels_that_are_not_there(tmp_path):
+    trees.write_grey(tmp_path / "labels" / "1_1_s.png", labels([0]))
+    with pytest.raises(DataError, match=r"MSRC-21: .*labels_clean is missing; it holds label maps ID.png"):
+        open_dataset(tmp_path, "train", "msrc21-clean")
+
+
 def test_pictures_left_out(tmp_path):
     data = open_dataset(trees.write_ade20k(tmp_path, labels([1])), "val")
     left = leave_out(data, ["ADE_val_00000001"])
@@ -347,9 +353,8 @@ def test_training_and_evaluation_in_a_public_layout(tmp_path, capsys, write, lay
     assert evaluate.main(words) == 0
     document = json.loads((folder / "evaluation.json").read_text())
     assert document["data"]["layout"] == layout and document["totals"]["pictures"] == 1
-    capsys.readouterr()
-    assert evaluate.main([*words, "--layout", layout, "--without", "nothing"]) == 2
-    assert "the val split has no picture nothing" in capsys.readouterr().err
+    assert evaluate.main([*words, "--layout", "context"]) == 2
+    assert "PASCAL-Context: no label maps in" in capsys.readouterr().err
 
 
 def test_check_data_names_what_a_public_data_set_lacks(tmp_path, capsys):
