@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table("class", "pictures", "error %")
     for index, name in enumerate(CLASSES):
         of_class = right[test.labels == index]
-        error = f"{100 * (1 - of_class.double().mean().item()):.2f}" if len(of_class) else "-"
-        table.add_row(name, str(len(of_class)), error)
+        share = f"{100 * (1 - of_class.double().mean().item()):.2f}" if len(of_class) else "-"
+        table.add_row(name, str(len(of_class)), share)
     console.print(table)
     wrong = int(torch.count_nonzero(~right))
     console.print(
