@@ -30,7 +30,7 @@ from model import sync_batchnorm
 from model.augment import Augmentation, StepSampler, TrainingCrops
 from model.backbone_weights import BackboneWeights, read_backbone_weights
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from model.data import DataError, open_dataset, problems
+from model.data import DataError, open_dataset, problems, repeats
 from model.encnet import EncNet
 from model.evaluate import Evaluation, Options, evaluate
 from model.figures import sample_row
@@ -112,8 +112,8 @@ class Run:
         if self.processes > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
 
-        self.validation = open_dataset(data, "val")
-        train = open_dataset(data, "train")
+        self.validation = open_dataset(data, "val", recipe.layout)
+        train = open_dataset(data, "train", recipe.layout)
         fill = tuple(round(255 * value) for value in IMAGENET_MEAN)
         options = Augmentation(
             recipe.crop,
@@ -350,15 +350,15 @@ def train(run: Run) -> None:
         run.console.print(f"wrote {run.out / 'final.pt'}", highlight=False)
 
 
-def check_data(root: Path, console: Console) -> int:
+def check_data(root: Path, console: Console, layout: str) -> int:
     """Read every pair of every split that exists; print what is wrong; the number of broken pairs.
 
-    The train and val splits must exist; test may be absent.
+    The train and val splits must exist; test may be absent. A picture that is in two splits is told, and not broken.
     """
-    broken = 0
+    broken, splits = 0, []
     for split in ("train", "val", "test"):
         try:
-            data = open_dataset(root, split)
+            data = open_dataset(root, split, layout)
         except DataError as error:
             if split == "test":
                 continue
@@ -369,7 +369,10 @@ def check_data(root: Path, console: Console) -> int:
                 if problem:
                     broken += 1
                     console.print(problem, highlight=False, soft_wrap=True)
-        console.print(f"{split}: {len(data)} pictures, {len(data.classes)} classes", highlight=False)
+        console.print(f"{split}: {len(data)} pictures, {len(data.classes)} classes ({data.layout})", highlight=False)
+        splits.append(data)
+    for sentence in repeats(splits):
+        console.print(f"note: {sentence}", highlight=False, soft_wrap=True)
     return broken
 
 
@@ -408,7 +411,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = read_recipe(options.config, options.options)
         if options.check_data:
-            return 1 if check_data(options.data, console) else 0
+            return 1 if check_data(options.data, console, Recipe(**given).layout) else 0
         if options.out is None:
             raise RecipeError("--out DIR is needed: the folder that receives the checkpoints")
         last = options.out / "last.pt"
@@ -431,7 +434,7 @@ def main(arguments: list[str] | None = None) -> int:
         backbone = None
         if options.backbone_weights:
             backbone = read_backbone_weights(options.backbone_weights, recipe.backbone)
-        if int(os.environ.get("RANK", 0)) == 0 and check_data(options.data, console):
+        if int(os.environ.get("RANK", 0)) == 0 and check_data(options.data, console, recipe.layout):
             raise DataError(f"{options.data}: training does not start on a broken data set")
         options.out.mkdir(parents=True, exist_ok=True)
         run = Run(recipe, options.data, options.out, console)
