@@ -146,6 +146,7 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
                 std=checkpoint.std,
                 base_size=checkpoint.base_size,
                 align_corners=checkpoint.config.align_corners,
+                calibration=checkpoint.calibration,
             )
             describe(model, properties(checkpoint, whole=True, fp16=arguments.fp16))
         try:
