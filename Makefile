@@ -47,9 +47,8 @@ train-camvid: .venv/ready ## train, evaluate and export the embedded model anew 
 	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid-second \
 		--config model/recipes/camvid-resnet18c-second.toml \
 		$(if $(wildcard runs/camvid-second/last.pt),--resume,--initial runs/camvid/final.pt)
-	$(TEST_PYTHON) -m model.calibrate runs/camvid-second/final.pt --data $(DATA)/camvid
-	$(TEST_PYTHON) -m model.evaluate runs/camvid-second/final.calibrated.pt --data $(DATA)/camvid --split test
-	$(TEST_PYTHON) -m export runs/camvid-second/final.calibrated.pt --output runs/camvid-second/camvid.onnx --compact
+	$(TEST_PYTHON) -m model.evaluate runs/camvid-second/final.pt --data $(DATA)/camvid --split test
+	$(TEST_PYTHON) -m export runs/camvid-second/final.pt --output runs/camvid-second/camvid.onnx --compact
 
 clean: ## remove the virtual environments, kernels and caches (runs/ stays)
 	rm -rf build .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache

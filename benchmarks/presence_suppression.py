@@ -35,19 +35,18 @@ POWERS = (0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 def rules(probabilities: Tensor, presence: dict[str, Tensor], truth: Tensor) -> dict[str, Tensor]:
-    """The mask (H, W) that each rule makes of probabilities (C, H, W); presence: (C,) by kind; truth: (H, W)."""
-    has = presence_targets(truth[None], len(probabilities))[0] > 0
-    masks = {"none": probabilities.argmax(0), "oracle": without(probabilities, ~has)}
+    """The labels (P,) that each rule gives to P pixels of probabilities (P, C); presence: (C,) by kind; truth: (P,)."""
+    has = presence_targets(truth[None], probabilities.shape[1])[0] > 0
+    labels = {"none": probabilities.argmax(1), "oracle": without(probabilities, ~has)}
     for kind, scores in presence.items():
-        masks |= {f"remove {t:g}, {kind}": without(probabilities, scores < t) for t in THRESHOLDS}
-        weights = {power: (scores**power)[:, None, None] for power in POWERS}
-        masks |= {f"weight {power:g}, {kind}": (probabilities * weight).argmax(0) for power, weight in weights.items()}
-    return masks
+        labels |= {f"remove {t:g}, {kind}": without(probabilities, scores < t) for t in THRESHOLDS}
+        labels |= {f"weight {power:g}, {kind}": (probabilities * scores**power).argmax(1) for power in POWERS}
+    return labels
 
 
 def without(probabilities: Tensor, absent: Tensor) -> Tensor:
     """The likeliest class of each pixel among those that are not absent; among all, where all are absent."""
-    return (probabilities - 2 * absent.float()[:, None, None]).argmax(0)
+    return (probabilities - 2 * absent.float()).argmax(1)
 
 
 def study(checkpoint: Checkpoint, model: EncNet, data: SegmentationData) -> dict[str, dict[str, float]]:
@@ -56,18 +55,19 @@ def study(checkpoint: Checkpoint, model: EncNet, data: SegmentationData) -> dict
     counts: dict[str, numpy.ndarray] = {}
     for index in track(range(len(data)), description=data.split):
         image, labels = data.load(index)
-        truth = torch.from_numpy(labels)
+        truth = torch.from_numpy(labels).flatten()
         pixels = torch.from_numpy(image)[None]
         views: dict[str, Any] = {"mean": checkpoint.mean, "std": checkpoint.std, "base_size": checkpoint.base_size}
         answer = predict(model, pixels, **views)
         presence = {"as trained": answer.presence[0]}
         if checkpoint.calibration:
             presence["calibrated"] = checkpoint.calibration.apply(answer.presence[0].double().logit(1e-12)).sigmoid()
-        for rule, mask in rules(answer.probabilities[0], presence, truth).items():
-            counts[rule] = counts.get(rule, 0) + confusion(mask, truth, classes)
+        probabilities = answer.probabilities[0].flatten(1).T.contiguous()
+        for rule, found in rules(probabilities, presence, truth).items():
+            counts[rule] = counts.get(rule, 0) + confusion(found, truth, classes)
     return {
-        rule: {"mIoU": round(100 * mean_iou(found), 3), "pixel_accuracy": round(100 * pixel_accuracy(found), 3)}
-        for rule, found in counts.items()
+        rule: {"mIoU": round(100 * mean_iou(count), 3), "pixel_accuracy": round(100 * pixel_accuracy(count), 3)}
+        for rule, count in counts.items()
     }
 
 

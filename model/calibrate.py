@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from model.calibration import FITS, METHODS
+from model.calibration import FITS, METHODS, varying
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint, save_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
 from model.evaluate import EvaluationError, choose_device
+from model.foreign import listing
 from model.losses import presence_targets
 from model.metrics import average_precision, expected_calibration_error, mean_defined, negative_log_likelihood
 from model.predict import normalise, view_of
@@ -25,12 +26,14 @@ from model.predict import normalise, view_of
 FOLDS = 5
 
 EPILOG = """examples:
-  python -m model.calibrate runs/final.pt --data camvid
-  python -m model.calibrate runs/final.pt --data camvid --method temperature --report-split test --out runs/final.pt
+  python -m model.calibrate runs/final.pt --data msrc21
+  python -m model.calibrate runs/final.pt --data msrc21 --method platt --report-split test --out runs/final.pt
 
 The logits are those of one view of each picture, at scale 1 and not mirrored. Without --report-split the figures come
 from cross-validation: each fifth of the split, in its own order, is scored by what was fitted on the other four. What
 is kept is fitted on the whole split; everything else in the checkpoint stays as it is.
+
+Only classes that some pictures have and others have not can be fitted; the others follow the temperature.
 """
 
 
@@ -105,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument(
         "--method",
         choices=METHODS,
-        default="platt",
+        default="temperature",
         help="one scale for all classes, or scale and bias for each (default: %(default)s)",
     )
     root.add_argument("--report-split", choices=held_out, help="figures from these pictures, not by cross-validation")
@@ -151,8 +154,16 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
             return presence_logits(checkpoint, model, data, device, lambda: progress.advance(task))
 
     logits, present = collect(arguments.split)
-    if len(logits) < 2:
-        raise EvaluationError(f"the {arguments.split} split has one picture, and fitting needs at least two")
+    known = varying(present)
+    if not known.any():
+        raise EvaluationError(
+            f"the {arguments.split} split cannot tell how sure presence may be: each class is in all of its "
+            f"{len(logits)} pictures or in none; a split whose pictures differ is needed"
+        )
+    if not known.all():
+        names = listing([name for name, fits in zip(checkpoint.classes, known.tolist(), strict=True) if not fits], 8)
+        text = f"note: in all pictures of {arguments.split} or in none, and left to the temperature: {names}"
+        notes.print(text, markup=False, soft_wrap=True)
     fits = {method: FITS[method](logits, present) for method in METHODS}
     if arguments.report_split:
         judged, truth = collect(arguments.report_split)

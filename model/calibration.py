@@ -76,13 +76,23 @@ class Calibration:
         return logits * logits.new_tensor(self.scale) + logits.new_tensor(self.bias)
 
 
-def fit_temperature(logits: Tensor, present: Tensor) -> Calibration:
-    """The one scale 1/T that makes the truth likeliest.
+def varying(present: Tensor) -> Tensor:
+    """(P, C) bool -> (C,) bool: the classes that some pictures have and others have not.
 
-    logits: (P, C) float, one row for each picture; present: (P, C) bool. A normal prior on log scale around 0, whose
-    weight is that of one observation, keeps it finite where the logits separate the pictures perfectly.
+    Only they tell anything: where every picture has a class, the likeliest score is 1 whatever the picture shows.
     """
-    logits, targets = logits.double(), present.double()
+    return present.any(0) & ~present.all(0)
+
+
+def fit_temperature(logits: Tensor, present: Tensor) -> Calibration:
+    """The one scale 1/T that makes the truth of the varying classes likeliest; 1 where no class varies.
+
+    logits: (P, C) float, one row for each picture; present: (P, C) bool. Targets are `platt_targets`; a normal prior of
+    log scale around 0, with the weight of one observation, decides what the pictures leave open.
+    """
+    pictures, classes = logits.shape
+    known = varying(present)
+    logits, targets = logits[:, known].double(), platt_targets(present[:, known])
     log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def cost() -> Tensor:
@@ -90,27 +100,24 @@ def fit_temperature(logits: Tensor, present: Tensor) -> Calibration:
         return likelihood + (log_scale / LOG_SCALE_SPREAD).square() / 2
 
     _minimise([log_scale], cost)
-    pictures, classes = logits.shape
     return Calibration((log_scale.exp().item(),) * classes, (0.0,) * classes, "temperature", pictures)
 
 
 def fit_platt(logits: Tensor, present: Tensor) -> Calibration:
-    """Scale and bias for each class; arguments as in `fit_temperature`.
+    """Scale and bias for each varying class; the others have the temperature's. Arguments as in `fit_temperature`.
 
-    Targets are Platt's: (P+ + 1) / (P+ + 2) for the P+ pictures with the class, 1 / (P- + 2) for the P- without, so
-    that a class which all pictures have, or none, gets a high or a low score and not a certain one. Normal priors, of
-    log scale around the temperature's and of the bias around 0, decide what the pictures leave open.
+    Normal priors, of log scale around the temperature's and of the bias around 0, hold a class with few examples near
+    the temperature.
     """
-    pictures, classes = logits.shape
     centre = math.log(fit_temperature(logits, present).scale[0])
-    logits = logits.double()
-    having = present.sum(0).double()
-    targets = torch.where(present, (having + 1) / (having + 2), 1 / (pictures - having + 2))
+    pictures, classes = logits.shape
+    known = varying(present)
+    logits, targets = logits[:, known].double(), platt_targets(present[:, known])
     shift = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
 
     def cost() -> Tensor:
-        scaled = logits * (centre + shift).exp() + bias
+        scaled = logits * (centre + shift[known]).exp() + bias[known]
         likelihood = F.binary_cross_entropy_with_logits(scaled, targets, reduction="sum")
         priors = (shift / LOG_SCALE_SPREAD).square() + (bias / BIAS_SPREAD).square()
         return likelihood + priors.sum() / 2
@@ -118,6 +125,15 @@ def fit_platt(logits: Tensor, present: Tensor) -> Calibration:
     _minimise([shift, bias], cost)
     scale = (centre + shift).exp()
     return Calibration(tuple(scale.tolist()), tuple(bias.tolist()), "platt", pictures)
+
+
+def platt_targets(present: Tensor) -> Tensor:
+    """(P, C) bool -> float64: (P+ + 1) / (P+ + 2) for the P+ pictures with a class, 1 / (P- + 2) for the P- without.
+
+    So many pictures support no more certainty than that, however well the logits separate them.
+    """
+    having = present.sum(0).double()
+    return torch.where(present, (having + 1) / (having + 2), 1 / (len(present) - having + 2))
 
 
 FITS = {"temperature": fit_temperature, "platt": fit_platt}

@@ -25,8 +25,9 @@ MOST_CLASSES, MOST_CHANNELS = 14, 40
 
 EPILOG = """the figure
   picture, mask, presence    what `python -m model.evaluate` computes from one view at scale 1
-  assignment maps            for each code the share of every position that it takes, on one colour scale; at each
-                             position the shares add up to 1. The codes that take most come first, 32 at most.
+  assignment maps            for each code the share of every position that it takes, and below its name the share of
+                             the whole and the least and the most of one position; at each position the shares add up
+                             to 1. The codes that take most come first, 32 at most.
   codewords                  the codes in the same order: the share of all positions, the norm of the codeword, and the
                              smoothing factor s_k of the paper (minus `scale` of the code): the larger, the sharper
   gates                      the gate of each channel (0 keeps it, 1 doubles it), and below what it does to each class:
@@ -112,13 +113,14 @@ def inspection(scene: Scene, checkpoint: Checkpoint, image: numpy.ndarray, name:
     classes = sorted(numpy.argsort(-(scene.presence + areas), kind="stable")[:MOST_CLASSES].tolist())
     rows = -(-min(len(codes), MOST_CODES) // CODE_COLUMNS)
     aspect = image.shape[0] / image.shape[1]
-    heights = [5.6 * aspect + 1.0, rows * (2.0 * aspect + 0.3) + 0.5, 2.6, 0.27 * len(classes) + 2.6]
+    heights = [5.6 * aspect + 1.0, rows * (2.0 * aspect + 0.45) + 0.6, 2.6, 0.27 * len(classes) + 2.6]
 
-    figure = Figure(figsize=(17, sum(heights) + 0.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(17, sum(heights) + 0.6), dpi=100)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     figure.suptitle(f"{name} seen by {checkpoint.name}", x=0.01, ha="left", color=INK, fontsize=18)
     top, maps, codebook, gating = figure.subfigures(4, 1, height_ratios=heights)
     _draw_answer(top, scene, checkpoint, image, classes, areas)
-    _draw_assignments(maps, scene, image, codes[:MOST_CODES], shares)
+    _draw_assignments(maps, scene, codes[:MOST_CODES], shares)
     _draw_codebook(codebook, checkpoint, codes, shares)
     _draw_gates(gating, scene, checkpoint, classes)
     return figure
@@ -157,24 +159,22 @@ def _draw_answer(
     bars.set_title(f"presence ({calibrated}) and share of the mask", loc="left", color=INK, fontsize=13)
 
 
-def _draw_assignments(
-    figure: SubFigure, scene: Scene, image: numpy.ndarray, codes: Sequence[int], shares: numpy.ndarray
-) -> None:
-    height, width = image.shape[:2]
+def _draw_assignments(figure: SubFigure, scene: Scene, codes: Sequence[int], shares: numpy.ndarray) -> None:
     figure.suptitle(
-        "assignment maps: the share of each position that goes to a code", x=0.01, ha="left", color=INK, fontsize=13
+        "assignment maps: the share of each position that goes to a code, each map from its least (black) to its most",
+        x=0.01,
+        ha="left",
+        color=INK,
+        fontsize=13,
     )
-    panels = figure.subplots(-(-len(codes) // CODE_COLUMNS), CODE_COLUMNS, squeeze=False)
-    grey = image.mean(2)
-    for panel in panels.flat:
+    panels = figure.subplots(-(-len(codes) // CODE_COLUMNS), CODE_COLUMNS, squeeze=False).ravel()
+    for panel in panels:
         panel.set_axis_off()
-    for panel, code in zip(panels.flat, codes, strict=False):
-        panel.imshow(grey, cmap="gray", vmin=0, vmax=255)
-        drawn = panel.imshow(
-            scene.assignments[code], cmap="inferno", vmin=0, vmax=1, alpha=0.8, extent=(0, width, height, 0)
-        )
-        panel.set_title(f"code {code}   {100 * shares[code]:.1f} %", loc="left", color=INK, fontsize=10, pad=3)
-    figure.colorbar(drawn, ax=panels, fraction=0.012, pad=0.005, ticks=(0, 0.5, 1))
+    for panel, code in zip(panels, codes, strict=False):
+        shown = scene.assignments[code]
+        panel.imshow(shown, cmap="magma", interpolation="bilinear")
+        text = f"code {code}: {100 * shares[code]:.1f} %\n{shown.min():.3f} to {shown.max():.3f}"
+        panel.set_title(text, loc="left", color=INK, fontsize=9, pad=3)
 
 
 def _draw_codebook(figure: SubFigure, checkpoint: Checkpoint, codes: numpy.ndarray, shares: numpy.ndarray) -> None:

@@ -37,16 +37,17 @@ def checkpoint(tmp_path):
     return path
 
 
-def write_data(root, road_in):
-    """PICTURES pictures of 8x8 a split: sky everywhere, and road in every n-th picture of split by `road_in`."""
+def write_data(root, road_in, otherwise=2):
+    """20 pictures of 8x8 for each split: road and sky in those that `road_in` names, one class alone in the others."""
     for folder in ("images", "labels", "splits"):
         (root / folder).mkdir(parents=True)
-    for split, every in road_in.items():
+    for split, having in road_in.items():
         ids = [f"{split}{index}" for index in range(PICTURES)]
         for index, identifier in enumerate(ids):
             Image.new("RGB", (8, 8), (10 * index, 90, 120)).save(root / "images" / f"{identifier}.png")
-            truth = numpy.ones((8, 8), dtype=numpy.uint8)
-            truth[:4] = 0 if every and index % every == 0 else 1
+            truth = numpy.full((8, 8), otherwise, dtype=numpy.uint8)
+            if index in having:
+                truth[:4], truth[4:] = 0, 1
             Image.fromarray(truth).save(root / "labels" / f"{identifier}.png")
         (root / "splits" / f"{split}.txt").write_text("\n".join(ids))
     classes = [{"id": i, "name": n, "color": [80 * i, 10, 200]} for i, n in enumerate(("road", "sky", "car"))]
@@ -54,9 +55,12 @@ def write_data(root, road_in):
     return root
 
 
+HALF, FEW, ALL = range(0, PICTURES, 2), range(0, PICTURES, 7), range(PICTURES)
+
+
 @pytest.fixture
 def data(tmp_path):
-    return write_data(tmp_path / "data", {"val": 2, "test": 2})
+    return write_data(tmp_path / "data", {"val": HALF, "test": HALF})
 
 
 def run(*arguments) -> int:
@@ -64,17 +68,15 @@ def run(*arguments) -> int:
 
 
 def test_a_score_becomes_the_share_of_pictures_and_nothing_else_changes(checkpoint, data, tmp_path, capsys):
-    """Road has logit 3 (a score of 0.95) and is in half of the pictures."""
+    """Each class is in half of the pictures, whose scores are 0.95, 0.98 and 0.05."""
     before = checkpoint.read_bytes()
-    assert run(checkpoint, "--data", data) == 0
+    assert run(checkpoint, "--data", data, "--method", "platt") == 0
     assert checkpoint.read_bytes() == before
     old, new = load_checkpoint(checkpoint), load_checkpoint(tmp_path / "net.calibrated.pt")
     assert new.calibration is not None
     assert (new.calibration.method, new.calibration.pictures) == ("platt", PICTURES)
     score = new.calibration.apply(torch.tensor(LOGITS)).sigmoid()
-    assert score[0] == pytest.approx(0.5, abs=0.06)
-    assert score[1] > 0.9
-    assert score[2] < 0.1
+    assert score.tolist() == pytest.approx([0.5] * 3, abs=0.06)
     assert new.weights.keys() == old.weights.keys()
     assert all(torch.equal(new.weights[key], value) for key, value in old.weights.items())
     assert torch.equal(new.training["optimizer"]["rate"], torch.ones(2))
@@ -85,11 +87,12 @@ def test_a_score_becomes_the_share_of_pictures_and_nothing_else_changes(checkpoi
     assert "as trained" in captured.out
     assert "by cross-validation: 20 pictures" in captured.out
     assert "net.calibrated.pt, platt fitted on 20 pictures" in captured.out
+    assert "left to the temperature" not in captured.err
     assert "worse" not in captured.err
 
 
 def test_the_calibrated_checkpoint_predicts_so(checkpoint, data, tmp_path):
-    assert run(checkpoint, "--data", data, "--method", "temperature") == 0
+    assert run(checkpoint, "--data", data) == 0
     new = load_checkpoint(tmp_path / "net.calibrated.pt")
     assert new.calibration.method == "temperature"
     assert len(set(new.calibration.scale)) == 1
@@ -112,21 +115,31 @@ def test_in_place_and_again(checkpoint, data):
 
 
 def test_figures_of_another_split_and_a_warning_where_they_got_worse(checkpoint, tmp_path, capsys):
-    """Fitted where road is in no picture, judged where it is in all."""
-    data = write_data(tmp_path / "moved", {"val": 0, "test": 1})
-    assert run(checkpoint, "--data", data, "--report-split", "test") == 0
+    """Fitted where road is in few pictures, judged where it is in all."""
+    data = write_data(tmp_path / "moved", {"val": FEW, "test": ALL})
+    assert run(checkpoint, "--data", data, "--method", "platt", "--report-split", "test") == 0
     captured = capsys.readouterr()
     assert "fitted on val, figures of test: 20 pictures" in captured.out
     assert "warning: platt made presence worse (ECE and NLL)" in captured.err
     assert (tmp_path / "net.calibrated.pt").is_file()
 
 
+def test_classes_that_do_not_vary_are_named(checkpoint, tmp_path, capsys):
+    data = write_data(tmp_path / "skies", {"val": HALF}, otherwise=1)
+    assert run(checkpoint, "--data", data, "--method", "platt") == 0
+    assert "left to the temperature: sky, car" in capsys.readouterr().err
+    found = load_checkpoint(tmp_path / "net.calibrated.pt").calibration
+    assert found.bias[0] != 0
+    assert found.bias[1:] == (0, 0)
+
+
 def test_folds_are_runs_of_pictures_scored_by_the_others():
     logits = torch.zeros(10, 1, dtype=torch.float64)
-    present = torch.arange(10)[:, None] < 2
-    scores = calibrate.cross_validated("platt", logits, present)
-    assert scores[:2] == pytest.approx(1 / 10, abs=0.08), "the first two are judged by those that have none"
-    assert scores[2:].min() > scores[0]
+    present = torch.arange(10)[:, None] < 3
+    scores = calibrate.cross_validated("platt", logits, present)[:, 0]
+    assert scores[0] == scores[1] < scores[2] < scores[4] == scores[9], "the more of the others have it, the higher"
+    assert scores[0] == pytest.approx(1 / 8, abs=0.1)
+    assert scores[9] == pytest.approx(3 / 8, abs=0.1)
 
 
 def test_figures_by_hand():
@@ -150,8 +163,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(checkpoint, data, tmp_path, c
     assert "is a folder" in refused(capsys, checkpoint, "--data", data, "--out", data)
     assert "no such file" in refused(capsys, tmp_path / "none.pt", "--data", data)
     assert "no such data folder" in refused(capsys, checkpoint, "--data", tmp_path / "none")
-    (data / "splits" / "val.txt").write_text("val0")
-    assert "has one picture" in refused(capsys, checkpoint, "--data", data)
+    (data / "splits" / "val.txt").write_text("val0 val2")
+    assert "each class is in all of its 2 pictures or in none" in refused(capsys, checkpoint, "--data", data)
     classes = [{"id": i, "name": f"{i}", "color": [1, 2, 3]} for i in range(4)]
     (data / "classes.json").write_text(json.dumps({"classes": classes}))
     assert "the checkpoint has 3 classes, the data set 4" in refused(capsys, checkpoint, "--data", data)
@@ -170,6 +183,10 @@ def test_a_published_file_is_not_replaced(data, tmp_path, capsys):
     theirs = {rename(key, table): value for key, value in make_checkpoint().weights.items()}
     path = tmp_path / "published.pth"
     torch.save({"state_dict": theirs, "meta": {"CLASSES": ("road", "sky", "car")}}, path)
+    for folder, name in (("images", "val0"), ("images", "val1"), ("labels", "val0"), ("labels", "val1")):
+        with Image.open(data / folder / f"{name}.png") as square:
+            narrow = square.resize((64, 8)).crop((0, 3, 64, 5))  # at this format's base size still a small view
+        narrow.save(data / folder / f"{name}.png")
     (data / "splits" / "val.txt").write_text("val0 val1")
     before = path.read_bytes()
     assert "would replace a checkpoint in mmsegmentation's format" in refused(
@@ -179,4 +196,6 @@ def test_a_published_file_is_not_replaced(data, tmp_path, capsys):
     assert run(path, "--data", data) == 0
     converted = load_checkpoint(tmp_path / "published.calibrated.pt")
     assert isinstance(converted.calibration, Calibration)
-    assert all(torch.equal(value, load_checkpoint(path).weights[key]) for key, value in converted.weights.items())
+    published = load_checkpoint(path).weights
+    assert converted.weights.keys() == published.keys()
+    assert all(torch.equal(value, published[key]) for key, value in converted.weights.items())

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.calibration import Calibration, fit_platt, fit_temperature
+from model.calibration import Calibration, fit_platt, fit_temperature, varying
 
 
 def labelled(scale, bias, pictures=20_000, seed=0):
@@ -39,7 +39,7 @@ def test_logits_that_are_calibrated_stay_as_they_are():
 
 @pytest.mark.parametrize("size", [1.0, 1000.0])
 def test_classes_in_all_pictures_in_none_and_perfectly_separated(size):
-    """Platt's targets leave room for the picture not seen; scales stay positive, so that scores keep their order."""
+    """Scales stay finite and positive, so that scores keep their order; what is one-sided follows the temperature."""
     pictures = 60
     logits = size * torch.linspace(2, 8, pictures, dtype=torch.float64)[:, None].repeat(1, 3)
     logits[:, 1] *= -1
@@ -50,21 +50,30 @@ def test_classes_in_all_pictures_in_none_and_perfectly_separated(size):
         found = fit(logits, truth)
         assert all(0 < scale < math.inf for scale in found.scale)
         assert all(map(math.isfinite, found.bias))
+    temperature = fit_temperature(logits, truth).scale[0]
+    assert found.scale[:2] == (pytest.approx(temperature), pytest.approx(temperature))
+    assert found.bias[:2] == (0, 0)
     scores = found.apply(logits).sigmoid()
-    assert scores[:, 0].mean() == pytest.approx((pictures + 1) / (pictures + 2), abs=0.01)
-    assert scores[:, 1].mean() == pytest.approx(1 / (pictures + 2), abs=0.01)
+    assert 0.9 < scores[truth[:, 2], 2].mean() < (pictures + 1) / (pictures + 2), "no surer than so few pictures allow"
     assert (scores[truth[:, 2], 2] > 0.5).all()
     assert (scores[~truth[:, 2], 2] < 0.5).all()
 
 
-def test_a_class_with_few_examples_follows_the_temperature():
-    """One of two classes is in no picture: what is known of the other decides its scale."""
+def test_where_no_class_varies_nothing_is_fitted():
+    logits = torch.linspace(-3, 8, 20, dtype=torch.float64)[:, None].repeat(1, 2)
+    truth = torch.tensor([[True, False]]).repeat(20, 1)
+    assert varying(truth).tolist() == [False, False]
+    for fit in (fit_temperature, fit_platt):
+        assert (fit(logits, truth).scale, fit(logits, truth).bias) == ((1, 1), (0, 0))
+
+
+def test_a_class_with_a_handful_of_examples_stays_near_the_temperature():
     logits, truth = labelled([0.4, 0.4], [0.0, 0.0], pictures=400)
-    logits[:, 1] = -6 - logits[:, 1].abs() / 4
     truth[:, 1] = False
+    truth[logits[:, 1].argmin(), 1] = True
     found = fit_platt(logits, truth)
-    assert 0.2 < found.scale[1] < 1.0
-    assert abs(found.bias[1]) < 3
+    assert 0.04 < found.scale[1] < 0.8
+    assert -6 < found.bias[1] < 0
 
 
 def test_apply_is_scale_times_logit_plus_bias():

@@ -122,7 +122,7 @@ def test_presence_is_that_of_the_checkpoints_calibration(data, tmp_path, options
     document = read(tmp_path / "net.evaluation")
     assert document["checkpoint"]["calibration"] == calibration.to_dict()
     errors = [row["presence_ece"] for row in document["classes"]]
-    assert errors == pytest.approx([1 / 2 - 1 / 3, 1 / (1 + numpy.exp(4)), 1 / (1 + numpy.exp(3))])
+    assert errors == pytest.approx([1 / 2 - 1 / 3, 1 / (1 + numpy.exp(4)), 1 / (1 + numpy.exp(3))], abs=1e-6)
 
 
 @pytest.mark.parametrize("merge", ["softmax", "exp_sum"])
