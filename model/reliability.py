@@ -56,7 +56,7 @@ def _draw(panel: Axes, scores: numpy.ndarray, present: numpy.ndarray) -> None:
     panel.plot((0, 1), (0, 1), color=FAINT, linewidth=1, linestyle="--")
     panel.vlines(found.scores[filled], found.scores[filled], found.frequencies[filled], color=WRONG, linewidth=1.2)
     sizes = 14 + 160 * found.counts[filled] / found.counts.sum()
-    panel.scatter(found.scores[filled], found.frequencies[filled], sizes, color=BAR, edgecolors="white", zorder=3)
+    panel.scatter(found.scores[filled], found.frequencies[filled], sizes, color=BAR, edgecolors="white", zorder=3, clip_on=False)
     panel.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
     panel.tick_params(colors=FAINT, labelsize=9)
     panel.grid(color=TRACK)
