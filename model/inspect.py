@@ -118,7 +118,7 @@ def inspection(scene: Scene, checkpoint: Checkpoint, image: numpy.ndarray, name:
     figure = Figure(figsize=(17, sum(heights) + 0.6), dpi=100)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     figure.suptitle(f"{name} seen by {checkpoint.name}", x=0.01, ha="left", color=INK, fontsize=18)
-    top, maps, codebook, gating = figure.subfigures(4, 1, height_ratios=heights)
+    top, maps, codebook, gating = figure.subfigures(4, 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_answer(top, scene, checkpoint, image, classes, areas)
     _draw_assignments(maps, scene, codes[:MOST_CODES], shares)
     _draw_codebook(codebook, checkpoint, codes, shares)
@@ -159,7 +159,7 @@ def _draw_answer(
     bars.set_title(f"presence ({calibrated}) and share of the mask", loc="left", color=INK, fontsize=13)
 
 
-def _draw_assignments(figure: SubFigure, scene: Scene, codes: Sequence[int], shares: numpy.ndarray) -> None:
+def _draw_assignments(figure: SubFigure, scene: Scene, codes: numpy.ndarray, shares: numpy.ndarray) -> None:
     figure.suptitle(
         "assignment maps: the share of each position that goes to a code, each map from its least (black) to its most",
         x=0.01,

@@ -46,8 +46,9 @@ def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
 
 def view_of(pixels: Tensor, base_size: int, scale: float) -> Tensor:
     """(N, 3, H, W) -> the view at that scale, resized bilinearly to `view_size`, antialiased when it shrinks."""
-    size = view_size(*pixels.shape[-2:], base_size, scale)
-    if size == pixels.shape[-2:]:
+    height, width = pixels.shape[-2:]
+    size = view_size(height, width, base_size, scale)
+    if size == (height, width):
         return pixels
     return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
 

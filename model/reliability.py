@@ -23,7 +23,7 @@ def reliability_diagram(scores: numpy.ndarray, present: numpy.ndarray, classes: 
     rows = -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(15, max(5.4, 0.9 + 2.4 * rows)), dpi=100, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=15)
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2))[0]
 
     pooled, histogram = left.subplots(2, 1, height_ratios=(4, 1), sharex=True)
     _draw(pooled, scores.ravel(), present.ravel())
@@ -56,7 +56,9 @@ def _draw(panel: Axes, scores: numpy.ndarray, present: numpy.ndarray) -> None:
     panel.plot((0, 1), (0, 1), color=FAINT, linewidth=1, linestyle="--")
     panel.vlines(found.scores[filled], found.scores[filled], found.frequencies[filled], color=WRONG, linewidth=1.2)
     sizes = 14 + 160 * found.counts[filled] / found.counts.sum()
-    panel.scatter(found.scores[filled], found.frequencies[filled], sizes, color=BAR, edgecolors="white", zorder=3, clip_on=False)
+    panel.scatter(
+        found.scores[filled], found.frequencies[filled], sizes, color=BAR, edgecolors="white", zorder=3, clip_on=False
+    )
     panel.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
     panel.tick_params(colors=FAINT, labelsize=9)
     panel.grid(color=TRACK)
