@@ -19,6 +19,7 @@ from model.data import SPLITS, DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
 from model.evaluate import EvaluationError, choose_device
 from model.foreign import listing
+from model.layouts import LAYOUTS
 from model.losses import presence_targets
 from model.metrics import average_precision, expected_calibration_error, mean_defined, negative_log_likelihood
 from model.predict import normalise, view_of
@@ -119,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
         help="the file to write, which may be the checkpoint itself "
         "(default: beside the checkpoint, its name ending in .calibrated.pt)",
     )
+    root.add_argument("--layout", choices=list(LAYOUTS), default="", metavar="NAME", help="as in model.evaluate")
     root.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
     return root
 
@@ -147,7 +149,7 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
     model = build_model(checkpoint).to(device)
 
     def collect(split: str) -> tuple[Tensor, Tensor]:
-        data = open_dataset(arguments.data, split)
+        data = open_dataset(arguments.data, split, arguments.layout)
         columns = (TextColumn(f"reading {split}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=notes) as progress:
             task = progress.add_task("", total=len(data))

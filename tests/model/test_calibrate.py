@@ -107,7 +107,7 @@ def test_the_calibrated_checkpoint_predicts_so(checkpoint, data, tmp_path):
 
 
 def test_in_place_and_again(checkpoint, data):
-    assert run(checkpoint, "--data", data, "--out", checkpoint) == 0
+    assert run(checkpoint, "--data", data, "--out", checkpoint, "--layout", "folder") == 0
     first = load_checkpoint(checkpoint)
     assert run(checkpoint, "--data", data, "--out", checkpoint) == 0
     assert load_checkpoint(checkpoint).calibration == first.calibration, "fitted on the logits, not on its own result"
@@ -163,7 +163,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(checkpoint, data, tmp_path, c
     assert "is a folder" in refused(capsys, checkpoint, "--data", data, "--out", data)
     assert "no such file" in refused(capsys, tmp_path / "none.pt", "--data", data)
     assert "no such data folder" in refused(capsys, checkpoint, "--data", tmp_path / "none")
-    (data / "splits" / "val.txt").write_text("val0 val2")
+    (data / "splits" / "val.txt").write_text("val0\nval2")
     assert "each class is in all of its 2 pictures or in none" in refused(capsys, checkpoint, "--data", data)
     classes = [{"id": i, "name": f"{i}", "color": [1, 2, 3]} for i in range(4)]
     (data / "classes.json").write_text(json.dumps({"classes": classes}))
@@ -187,7 +187,7 @@ def test_a_published_file_is_not_replaced(data, tmp_path, capsys):
         with Image.open(data / folder / f"{name}.png") as square:
             narrow = square.resize((64, 8)).crop((0, 3, 64, 5))  # at this format's base size still a small view
         narrow.save(data / folder / f"{name}.png")
-    (data / "splits" / "val.txt").write_text("val0 val1")
+    (data / "splits" / "val.txt").write_text("val0\nval1")
     before = path.read_bytes()
     assert "would replace a checkpoint in mmsegmentation's format" in refused(
         capsys, path, "--data", data, "--out", path
