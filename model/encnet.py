@@ -64,8 +64,12 @@ class ContextEncoding(SceneEncoding):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Returns the gated features relu(x + gamma x), (B, channels, H, W), and the scene's encoding (B, channels)."""
         scene = self.encode_scene(x)
-        gamma = torch.sigmoid(self.gate(scene))[:, :, None, None]
-        return F.relu(x + x * gamma.to(x.dtype)), scene
+        return raise_channels(x, torch.sigmoid(self.gate(scene))), scene
+
+
+def raise_channels(x: Tensor, gamma: Tensor) -> Tensor:
+    """relu(x + gamma x) of features (B, D, H, W) and gates (B, D) in 0..1."""
+    return F.relu(x + x * gamma[:, :, None, None].to(x.dtype))
 
 
 class Detail(nn.Module):
@@ -101,7 +105,8 @@ class EncHead(nn.Module):
         self.classifier = nn.Conv2d(config.detail or channels, config.num_classes, 1)
         self.upsample_to_c2 = config.output_stride > 8
 
-    def forward(self, stages: Stages) -> tuple[Tensor, Tensor]:
+    def join(self, stages: Stages) -> Tensor:
+        """The features (B, D, H, W) that the Context Encoding Module gates."""
         features = self.bottleneck(stages.c4)
         if self.lateral is not None and self.fusion is not None:
             parts = [features, *(connect(c) for connect, c in zip(self.lateral, (stages.c2, stages.c3), strict=True))]
@@ -113,10 +118,17 @@ class EncHead(nn.Module):
                     resize(parts[2], size, self.align_corners),
                 ]
             features = self.fusion(torch.cat(parts, 1))
-        gated, scene = self.context(features)
+        return features
+
+    def classify(self, gated: Tensor, stages: Stages) -> Tensor:
+        """Gated features (B, D, H, W) -> class logits at the head's own stride."""
         if self.detail is not None:
             gated = self.detail(gated, stages.c1)
-        return self.classifier(self.dropout(gated)), self.presence(scene)
+        return self.classifier(self.dropout(gated))
+
+    def forward(self, stages: Stages) -> tuple[Tensor, Tensor]:
+        gated, scene = self.context(self.join(stages))
+        return self.classify(gated, stages), self.presence(scene)
 
 
 class FCNHead(nn.Module):

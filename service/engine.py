@@ -1,6 +1,7 @@
 """The .onnx file as a Python object: read it, check that it is ours, segment pictures. A library, no HTTP."""
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ class Metadata(BaseModel):
     """What the file says about itself in its `metadata_props`.
 
     `mean`, `std` are per channel on the 0..1 scale; at scale s the picture's long side becomes ceil(base_size * s);
-    `scales` and `flip` are the defaults of a request; `palette` has one (r, g, b) of 0..255 for each class.
+    `scales` and `flip` are the defaults of a request; `palette` has one (r, g, b) of 0..255 for each class;
+    `presence_scale`, `presence_bias` are the calibration inside the graph, one number for each class.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,6 +54,8 @@ class Metadata(BaseModel):
     checkpoint_sha256: str
     licence: str | None = None
     description: str | None = None
+    presence_scale: Json[tuple[float, ...]] | None = None
+    presence_bias: Json[tuple[float, ...]] | None = None
 
     @model_validator(mode="after")
     def _palette_fits(self) -> "Metadata":
@@ -59,6 +63,21 @@ class Metadata(BaseModel):
             raise ValueError(f"{len(self.classes)} classes but {len(self.palette)} palette entries")
         if not all(0 <= channel <= 255 for colour in self.palette for channel in colour):
             raise ValueError("a palette entry is outside 0..255")
+        return self
+
+    @model_validator(mode="after")
+    def _calibration_fits(self) -> "Metadata":
+        scale, bias = self.presence_scale, self.presence_bias
+        if scale is None and bias is None:
+            return self
+        if scale is None or bias is None or not len(scale) == len(bias) == len(self.classes):
+            lengths = " and ".join("none" if values is None else str(len(values)) for values in (scale, bias))
+            raise ValueError(
+                f"presence_scale and presence_bias need {len(self.classes)} numbers each, one for each class, "
+                f"have {lengths}"
+            )
+        if not all(0 < value < math.inf for value in scale) or not all(math.isfinite(value) for value in bias):
+            raise ValueError("presence_scale must be finite numbers above 0, presence_bias finite numbers")
         return self
 
 
