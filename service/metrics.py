@@ -64,6 +64,7 @@ class Metrics:
                 self.present.labels(name, class_).inc(float(score >= pipeline.settings.threshold))
 
         pipeline.on_answer = count
+        self.pictures.labels(name)
         for class_ in pipeline.engine.metadata.classes:
             self.present.labels(name, class_)
 

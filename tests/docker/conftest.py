@@ -31,8 +31,8 @@ def start(image: str) -> Iterator[Callable[..., tuple[str, str]]]:
     def started(*options: str) -> tuple[str, str]:
         command = readme_command("docker run --rm -p")
         names.append(f"encnet-test-{uuid.uuid4().hex[:8]}")
-        ours = ["--detach", "--name", names[-1], "--publish", "127.0.0.1::8000", *options]
-        run("bash", "-c", command.replace("--rm -p 8000:8000", " ".join(ours)), cwd=ROOT)
+        ours = ["--detach", "--name", names[-1], "--publish", "127.0.0.1::8000", *options, IMAGE]
+        run("bash", "-c", command.replace("--rm -p 8000:8000", "").replace(IMAGE, " ".join(ours)), cwd=ROOT)
         url = f"http://{run('docker', 'port', names[-1], '8000').split()[0]}"
         try:
             until(lambda: is_ready(url))

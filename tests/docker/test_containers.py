@@ -22,6 +22,18 @@ from containers import (
 )
 from PIL import Image
 
+MAKES_AN_ORPHAN = """
+import os, subprocess, sys, time
+parent = [sys.executable, "-c", "import subprocess; print(subprocess.Popen(['sleep', '99'], stdout=-3, stderr=-3).pid)"]
+orphan = int(subprocess.run(parent, capture_output=True, text=True).stdout)
+given_to = open(f"/proc/{orphan}/stat").read().split()[3]
+os.kill(orphan, 9)
+end = time.monotonic() + 20
+while os.path.exists(f"/proc/{orphan}") and time.monotonic() < end:
+    time.sleep(0.02)
+print(f"given to {given_to}, gone {not os.path.exists(f'/proc/{orphan}')}")
+"""
+
 Start = Callable[..., tuple[str, str]]
 Container = tuple[str, str]
 
@@ -59,8 +71,8 @@ def test_it_has_no_rights_and_cannot_write(container: Container) -> None:
     assert status["Gid"].split() == ["10001"] * 4
     assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
     assert status["NoNewPrivs"] == "1"
-    for place in ("/app/x", "/opt/venv/x", "/tmp/x", "/etc/passwd"):
-        fault = python(name, f"try:\n open({place!r}, 'a')\nexcept OSError as error:\n print(error.strerror)")
+    for place in ("/tmp/x", "/var/tmp/x", "/app/x", "/opt/venv/x"):
+        fault = python(name, f"try: open({place!r}, 'w')\nexcept OSError as error: print(error.strerror)")
         assert fault == "Read-only file system"
 
 
@@ -79,28 +91,25 @@ def test_a_killed_server_is_replaced_in_the_same_container(container: Container)
 
 
 def test_orphans_are_buried(container: Container) -> None:
-    name, _ = container
-    orphan = python(name, "import subprocess; print(subprocess.Popen(['sleep', '0.5']).pid)")
-    assert python(name, f"print(open('/proc/{orphan}/stat').read().split()[3])") == "1"
-    until(lambda: python(name, f"import os; print(os.path.exists('/proc/{orphan}'))") == "False", 10)
+    assert python(container[0], MAKES_AN_ORPHAN) == "given to 1, gone True"
 
 
 def test_docker_stop_under_load_loses_nothing_that_was_accepted(start: Start) -> None:
-    name, url = start()
+    name, url = start("--env", "ENCNET_GRACE_SECONDS=100", "--stop-timeout", "115")  # for machines with much else to do
     slow = {"scales": "1,1", "flip": "true", "timeout_ms": "240000"}
 
     def accepted() -> int:
         found = re.search(r"encnet_queue_requests\{.*\} (\d+)", httpx.get(f"{url}/metrics", timeout=WAIT).text)
         return int(found[1]) if found else 0
 
-    with ThreadPoolExecutor(7) as pool, httpx.Client(base_url=url, timeout=WAIT) as client:
+    with ThreadPoolExecutor(5) as pool, httpx.Client(base_url=url, timeout=WAIT) as client:
         client.get("/livez")  # a connection that is open before the signal
-        answers = [pool.submit(segment, url, **slow) for _ in range(6)]
-        until(lambda: accepted() == 6)
+        answers = [pool.submit(segment, url, **slow) for _ in range(4)]
+        until(lambda: accepted() == 4)
         stop = pool.submit(run, "docker", "stop", name)
         until(lambda: client.get("/readyz").status_code == 503)
         assert client.post("/segment", content=STREET).json()["error"]["code"] == "draining"
-        assert [answer.result(WAIT).status_code for answer in answers] == [200] * 6
+        assert [answer.result(WAIT).status_code for answer in answers] == [200] * 4
         stop.result(WAIT)
     state = inspect(name)["State"]
     assert (state["ExitCode"], state["OOMKilled"]) == (0, False)

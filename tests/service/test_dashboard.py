@@ -36,8 +36,10 @@ def test_every_query_names_metrics_and_labels_that_are_exported(client: TestClie
 def test_presence_is_counted_by_class_and_by_the_services_own_threshold(
     client: TestClient, quadrants: np.ndarray
 ) -> None:
-    picture = encoded(quadrants[:15])  # black and red
-    assert 'encnet_present_total{class="red",model="tiny"} 0.0' in client.get("/metrics").text
+    picture = encoded(quadrants[:15, 20:])  # red alone
+    before = client.get("/metrics").text
+    assert 'encnet_pictures_total{model="tiny"} 0.0' in before
+    assert 'encnet_present_total{class="red",model="tiny"} 0.0' in before
     answers = [client.post("/segment", content=picture, params=options).json() for options in ({}, {"threshold": "1"})]
     text = client.get("/metrics").text
     assert 'encnet_pictures_total{model="tiny"} 2.0' in text

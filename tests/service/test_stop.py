@@ -192,7 +192,7 @@ sys.exit(supervise([sys.executable, "-c", sys.argv[1]], socket.create_server(("1
 """
 LEAVES_AN_ORPHAN = """
 import pathlib, subprocess, sys, time
-parent = "import subprocess; print(subprocess.Popen(['sleep', '0.1'], stdout=2).pid)"
+parent = "import subprocess; print(subprocess.Popen(['sleep', '0.1'], stdout=-3, stderr=-3).pid)"
 orphan = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True).stdout.strip()
 end = time.monotonic() + 20
 while (buried := not pathlib.Path("/proc", orphan).exists()) is False and time.monotonic() < end:
