@@ -151,4 +151,5 @@ def test_prometheus_finds_the_service_and_fills_every_panel(
 
     until(lambda: presence().get("building") == "1")
     assert len(presence()) == 11
-    assert [query for query in filled if not ask(query)] == []
+    assert segment(served).status_code == 200
+    until(lambda: [query for query in filled if not ask(query)] == [])
