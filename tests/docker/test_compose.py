@@ -18,6 +18,7 @@ from service.settings import EMBEDDED_MODEL, Settings, settings_table
 FOLDER = ROOT / "docker"
 FILE = yaml.safe_load((FOLDER / "compose.yaml").read_text(encoding="utf-8"))
 OF_THE_IMAGE = {"ENCNET_HOST", "ENCNET_PORT", "ENCNET_DEVICE"}
+BEYOND_SETTINGS = {"ENCNET_KERNELS", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME"}
 PROJECT = "encnet-test"
 
 PROMETHEUS = """
@@ -44,7 +45,7 @@ def free_port() -> str:
 @pytest.mark.parametrize("service", ["serve", "gpu"])
 def test_every_setting_reaches_the_service(service: str) -> None:
     names = {name for name, _, _ in settings_table()}
-    assert set(FILE["services"][service]["environment"]) == names - OF_THE_IMAGE | {"ENCNET_KERNELS"}
+    assert set(FILE["services"][service]["environment"]) == names - OF_THE_IMAGE | BEYOND_SETTINGS
 
 
 @pytest.mark.parametrize("service", ["serve", "gpu"])
