@@ -76,6 +76,14 @@ def test_it_has_no_rights_and_cannot_write(container: Container) -> None:
         assert fault == "Read-only file system"
 
 
+def test_nothing_is_reported_to_the_makers_of_the_runtime(container: Container) -> None:
+    name, _ = container
+    child = child_of_first(name)
+    assert "ORT_DISABLE_TELEMETRY=1" in python(name, f"print(open('/proc/{child}/environ').read())").split("\0")
+    log = run("docker", "logs", name)
+    assert "listens on" in log and "telemetry" not in log
+
+
 def test_the_compiled_kernel_is_in_use(container: Container) -> None:
     child = child_of_first(container[0])
     assert "libencnet_ort.so" in python(container[0], f"print(open('/proc/{child}/maps').read())")
@@ -118,7 +126,7 @@ def test_docker_stop_under_load_loses_nothing_that_was_accepted(start: Start) ->
 def test_folders_are_segmented_by_the_documented_command(image: str, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "street.jpg").write_bytes(STREET)
-    (tmp_path / "segmented").mkdir()
+    run("bash", "-c", readme_command("mkdir"), cwd=tmp_path)
     command = readme_command("segment /photos")
     assert "street.jpg -> /segmented/street.mask.png" in run("bash", "-c", command, cwd=tmp_path)
     mask = tmp_path / "segmented" / "street.mask.png"

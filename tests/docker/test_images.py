@@ -11,7 +11,7 @@ import service
 
 LIMIT = 260 * 10**6  # bytes on top of the base image
 EPOCH = 315532800
-TRIED = ("--target cpu", "docker run --rm -p", "segment /photos", "docker compose up")
+TRIED = ("--target cpu", "docker run --rm -p", "mkdir", "segment /photos", "docker compose up")
 NOT_HERE = {
     "--target train": "gigabytes of PyTorch",
     "model.train": "needs the train image",
