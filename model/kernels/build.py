@@ -7,8 +7,9 @@
 
 The last two are built where nvidia-smi shows a GPU, for that GPU; with --cuda also where there is none, for every
 architecture from sm_80 on (several minutes on few cores), or for those named, as in --cuda 90. Needs neither torch nor
-ONNX Runtime nor anything outside the standard library. What is up to date is left alone. Where a library cannot be built the reason is printed and the exit
-status is still 0, because everything works without, only slower. The compilers are $CXX, or g++, and $NVCC, or nvcc.
+ONNX Runtime nor anything outside the standard library. What is up to date is left alone. Where a library cannot be
+built the reason is printed and the exit status is still 0, because everything works without, only slower. The compilers
+are $CXX, or g++, and $NVCC, or nvcc.
 """
 
 import argparse
