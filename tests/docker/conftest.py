@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
-from containers import IMAGE, ROOT, engine_fault, is_ready, readme_command, run, until
+from containers import BASE, IMAGE, ROOT, engine_fault, is_ready, readme_command, run, until
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +18,8 @@ def engine() -> None:
 @pytest.fixture(scope="session")
 def image(engine: None) -> str:
     """The serving image for CPUs, built by the README's command, with this machine's network."""
+    if subprocess.run(["docker", "image", "inspect", BASE], capture_output=True).returncode:
+        run("docker", "pull", BASE)  # BuildKit alone would not keep it under its name, by which the tests ask for it
     build = readme_command("--target cpu")
     run("bash", "-c", f"{build} --network host --build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL", cwd=ROOT)
     return IMAGE
