@@ -14,7 +14,21 @@ SERVICE = Path(service.__file__).parent
 ROOT = SERVICE.parent
 DISTRIBUTION_OF = {"PIL": "pillow", "pynvml": "nvidia_ml_py"}
 BROUGHT_BY_FASTAPI = {"anyio", "starlette", "typing_extensions"}
-BLOCKED = ["torch", "model", "export", "onnx", "onnxscript", "scipy", "matplotlib", "sklearn", "pandas", "cv2", "timm"]
+NEED_RAY = {"cluster.py", "batch_cluster.py", "bucket.py"}
+BLOCKED = [
+    "torch",
+    "model",
+    "export",
+    "onnx",
+    "onnxscript",
+    "scipy",
+    "matplotlib",
+    "sklearn",
+    "pandas",
+    "ray",
+    "cv2",
+    "timm",
+]
 
 SEGMENT_ONCE = """
 import io, sys
@@ -61,6 +75,8 @@ def test_every_import_is_in_the_requirements(file: Path) -> None:
     needs = ["requirements-base.txt", "requirements.txt", "requirements-gpu.txt"]
     if file.name == "client.py":
         needs = ["requirements-client.txt"]
+    if file.name in NEED_RAY:
+        needs.append("requirements-cluster.txt")
     lines = [line for name in needs for line in _lines(SERVICE / name)]
     required = {re.split(r"[<>=\[]", line)[0].replace("-", "_") for line in lines}
     third_party = _imports(file) - set(sys.stdlib_module_names) - {"service"} - BROUGHT_BY_FASTAPI
