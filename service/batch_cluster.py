@@ -12,6 +12,7 @@ worker down each time is reported like any other that cannot be segmented, and n
 import json
 import logging
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,22 +77,24 @@ def _outcomes(
         max_size=max(1, layout.fits(ray.cluster_resources())),
         max_tasks_in_flight_per_actor=2 if shard > 1 else 1,  # what waits at a worker that dies counts as tried too
     )
-    results = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // shard)).map_batches(
-        Worker,
-        batch_size=shard,
-        compute=pool,
-        num_cpus=layout.cpus,
-        num_gpus=layout.gpus,
-        max_task_retries=ATTEMPTS - 1,
-        fn_constructor_args=(
-            for_worker(run.settings, layout),
-            run.settings.model == EMBEDDED_MODEL,
-            run.options,
-            run.overlay,
-            folder.resolve(),
-            run.engine.sha256,
-        ),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no other way yet to say how often to try
+        results = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // shard)).map_batches(
+            Worker,
+            batch_size=shard,
+            compute=pool,
+            num_cpus=layout.cpus,
+            num_gpus=layout.gpus,
+            max_task_retries=ATTEMPTS - 1,
+            fn_constructor_args=(
+                for_worker(run.settings, layout),
+                run.settings.model == EMBEDDED_MODEL,
+                run.options,
+                run.overlay,
+                folder.resolve(),
+                run.engine.sha256,
+            ),
+        )
     try:
         for part in results.iter_batches(batch_size=None, batch_format="numpy"):
             for index, outcome in zip(part["index"], part["outcome"], strict=True):

@@ -173,7 +173,7 @@ def serve_on_cluster(
         if not address:
             with server.listen(settings) as listener:
                 settings = settings.model_copy(update={"port": listener.getsockname()[1]})
-        with cluster.connected(address):
+        with cluster.connected(address, layout):
             if stop:
                 cluster.stop(settings)
                 return
@@ -314,7 +314,7 @@ def _segment_on_cluster(
     if not jobs:
         return
     try:
-        with cluster.connected(address):
+        with cluster.connected(address, layout):
             yield from batch_cluster.segment_pictures(jobs, run, record, layout)
     except cluster.ClusterError as error:
         _fail(str(error))
@@ -555,5 +555,6 @@ def _banner(settings: Settings, engines: Sequence[Engine], replicas: str = "") -
 
 def _replicas_text(running: int, layout: Any) -> str:
     most = layout.max_replicas or "as many as there is room for"
+    by_load = "" if most == layout.min_replicas else f" now, from {layout.min_replicas} to {most} by the load"
     takes = " and ".join(f"{amount:g} {name}" for name, amount in layout.resources.items())
-    return f"{running} now, from {layout.min_replicas} to {most} by the load, each with {takes}"
+    return f"{running}{by_load}, each with {takes}"

@@ -8,8 +8,10 @@ promised for one process holds for each of many. What waits and runs in the repl
 the same; the settings are then those of the environment.
 """
 
+import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,11 +40,14 @@ NAME = "encnet"  # of the application and of its deployment
 MAX_ONGOING = 1000  # requests in one replica: its own admission is to decide, and not the proxies' queue
 SCALE_UP_SECONDS = 3.0
 SCALE_DOWN_SECONDS = 120.0
-LOAD_SECONDS = 10.0  # over which the load is averaged
+LOAD_SECONDS = 15.0  # over which the load is averaged
 HEALTH_SECONDS = 5.0  # between two checks; a replica that fails three in a row is replaced
+KNOCK_SECONDS = 5.0
 SPARE_SECONDS = 15.0  # beyond a request's or the grace period's own time, until Ray ends what should have ended
 
 _POLL_SECONDS = 0.2
+
+_serve_log = logging.getLogger("ray.serve")
 
 
 class ClusterError(Exception):
@@ -212,23 +217,40 @@ def app(layout: Layout) -> serve.Application:
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None, layout: Layout | None = None) -> Iterator[None]:
     """Be part of a Ray cluster: of the one at an address (`auto` for one that this machine is part of), or of one of
     this machine's own that ends with the block.
 
-    Raises ClusterError where there is none.
+    Raises ClusterError where there is none, and where this machine alone has no room for the layout: a cluster may grow.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _serve_log.setLevel(logging.ERROR)
     mine: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
+        if address:
+            _knock(address)
         ray.init(address or "local", log_to_driver=False, logging_level="error", **mine)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = f"at {address}" if address else "on this machine"
         raise ClusterError(f"there is no Ray cluster to be had {where}: {_first_line(error)}") from None
     try:
+        if not address and layout and layout.fits(ray.cluster_resources()) < layout.min_replicas:
+            takes = " and ".join(f"{amount:g} {name}" for name, amount in layout.resources.items())
+            has = ray.cluster_resources()
+            raise ClusterError(
+                f"this machine has no room for {layout.min_replicas} x {takes}: it has {has.get('CPU', 0):g} CPU and "
+                f"{has.get('GPU', 0):g} GPU"
+            )
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nothing listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
 
 
 def deploy(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> int:
@@ -240,6 +262,7 @@ def deploy(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> i
     """
     target = application(settings, layout)
     try:
+        _serve_log.setLevel(logging.WARNING)  # it tells where Serve runs already, on another host or port
         serve.start(
             http_options=HTTPOptions(
                 host=settings.host,
@@ -248,14 +271,15 @@ def deploy(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> i
             ),
             logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         )
+        _serve_log.setLevel(logging.ERROR)
         serve.run_many([serve.RunTarget(target, name=NAME)], wait_for_applications_running=False)
         told = ""
         while (state := serve.status().applications[NAME]).status != ApplicationStatus.RUNNING:
-            message = " ".join([state.message, *(one.message for one in state.deployments.values())]).strip()
+            reason = _last_line("\n".join([state.message, *(one.message for one in state.deployments.values())]))
             if state.status == ApplicationStatus.DEPLOY_FAILED:
-                raise ClusterError(f"the replicas cannot be started: {_last_line(message)}")
-            if message and message != told:
-                tell(told := message)
+                raise ClusterError(f"the replicas cannot be started: {reason}")
+            if reason and reason != told:
+                tell(told := reason)
             time.sleep(_POLL_SECONDS)
     except (RayError, RayServeException, TimeoutError) as error:
         raise ClusterError(f"the service cannot be deployed: {_first_line(error)}") from None
@@ -275,8 +299,6 @@ def stop(settings: Settings) -> None:
     while any(handle.broadcast("drain").results()) and time.monotonic() < end:
         time.sleep(_POLL_SECONDS)
     serve.delete(NAME)
-    if not serve.status().applications:
-        serve.shutdown()
 
 
 def stay(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> None:
@@ -306,4 +328,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1].strip() if text.strip() else "Ray gives no reason"
+    return text.strip().rpartition("\n")[2]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,10 @@ from service.errors import InputError
 from service.options import Options
 from service.settings import Settings
 
-pytest.importorskip("ray.data", reason="Ray is not installed (service/requirements-cluster.txt)")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own, about pydantic
+    for needed in ("ray.serve", "ray.data"):
+        pytest.importorskip(needed, reason="Ray is not installed (service/requirements-cluster.txt)")
 
 from service.batch_cluster import SHARD, segment_pictures
 from service.cluster import Layout
@@ -61,9 +65,9 @@ def photos(tmp_path: Path) -> Path:
 
 def start(address: str, model: Path, *arguments: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "service", "segment", *arguments, "--cluster", "--address", address]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "ENCNET_MODEL": str(model)}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "ENCNET_MODEL": str(model)}
     return subprocess.Popen(
-        command, cwd=model.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
