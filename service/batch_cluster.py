@@ -31,7 +31,7 @@ from service.options import Options
 from service.settings import EMBEDDED_MODEL, Settings
 
 SHARD = 16  # pictures that a worker is given at a time: what a killed run has to do again, for each worker
-ATTEMPTS = 3
+ATTEMPTS = 2
 
 
 def segment_pictures(

@@ -325,9 +325,7 @@ def _needs_ray(module: str) -> Any:
     try:
         return importlib.import_module(f"service.{module}")
     except ImportError as error:
-        _fail(
-            f"{error.name} is not installed; `pip install -r service/requirements-cluster.txt` brings what this needs"
-        )
+        _fail(f"{error.name} is not installed; pip install -r service/requirements-cluster.txt")
 
 
 def _layout(**given: Any) -> Any:

@@ -94,6 +94,14 @@ class Layout(BaseModel):
         return int(min(room.get(name, 0.0) / amount for name, amount in self.resources.items()))
 
 
+def check_room(layout: Layout, has: dict[str, float]) -> None:
+    """Raises ClusterError where there is no room for the fewest replicas."""
+    if layout.fits(has) < layout.min_replicas:
+        takes = " and ".join(f"{amount:g} {name}" for name, amount in layout.resources.items())
+        found = f"{has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU"
+        raise ClusterError(f"there is no room here for {layout.min_replicas} x {takes}: this machine has {found}")
+
+
 def for_worker(settings: Settings, layout: Layout) -> Settings:
     """The settings of a process that Ray gives so many CPUs and GPUs.
 
@@ -172,11 +180,11 @@ class OneRequestId:
 # ---- what is deployed
 
 
-def application(settings: Settings, layout: Layout) -> serve.Application:
-    """The application for the cluster that this process is connected to.
+def application(settings: Settings, layout: Layout, room: int = 0, free: int = 0) -> serve.Application:
+    """The application for a cluster that has room for so many replicas, of which so much is free now.
 
-    In an update, new replicas are ready before old ones stop, where there is room for one more now; otherwise a few
-    stop first, and what comes while there is none waits.
+    In an update, new replicas are ready before old ones stop, where there is room for one more; otherwise a few stop
+    first, and what comes while there is none waits.
 
     Raises ClusterError for settings that a cluster cannot have.
     """
@@ -184,7 +192,7 @@ def application(settings: Settings, layout: Layout) -> serve.Application:
         raise ClusterError(
             "remote_control would load and unload models in one replica alone; in a cluster, deploy again instead"
         )
-    at_most = layout.max_replicas or max(layout.min_replicas, layout.fits(ray.cluster_resources()))
+    at_most = layout.max_replicas or max(layout.min_replicas, room)
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name=NAME,
@@ -198,7 +206,7 @@ def application(settings: Settings, layout: Layout) -> serve.Application:
             look_back_period_s=LOAD_SECONDS,
         ),
         max_ongoing_requests=MAX_ONGOING,
-        max_surge_percent=20 if layout.fits(ray.available_resources()) else 0,
+        max_surge_percent=20 if free else 0,
         graceful_shutdown_timeout_s=settings.grace_seconds + SPARE_SECONDS,
         graceful_shutdown_wait_loop_s=_POLL_SECONDS,
         health_check_period_s=HEALTH_SECONDS,
@@ -209,7 +217,10 @@ def application(settings: Settings, layout: Layout) -> serve.Application:
 
 
 def app(layout: Layout) -> serve.Application:
-    """For `serve run` and Serve's config files: the arguments are those of Layout, the settings the environment's."""
+    """For `serve run` and Serve's config files: the arguments are those of Layout, the settings the environment's.
+
+    It is called where no cluster can be asked: without `max_replicas` there are `min_replicas`.
+    """
     return application(Settings(), layout)
 
 
@@ -221,7 +232,7 @@ def connected(address: str | None, layout: Layout | None = None) -> Iterator[Non
     """Be part of a Ray cluster: of the one at an address (`auto` for one that this machine is part of), or of one of
     this machine's own that ends with the block.
 
-    Raises ClusterError where there is none, and where this machine alone has no room for the layout: a cluster may grow.
+    Raises ClusterError where there is none, and where this machine alone has no room for the layout.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _serve_log.setLevel(logging.ERROR)
@@ -234,13 +245,8 @@ def connected(address: str | None, layout: Layout | None = None) -> Iterator[Non
         where = f"at {address}" if address else "on this machine"
         raise ClusterError(f"there is no Ray cluster to be had {where}: {_first_line(error)}") from None
     try:
-        if not address and layout and layout.fits(ray.cluster_resources()) < layout.min_replicas:
-            takes = " and ".join(f"{amount:g} {name}" for name, amount in layout.resources.items())
-            has = ray.cluster_resources()
-            raise ClusterError(
-                f"this machine has no room for {layout.min_replicas} x {takes}: it has {has.get('CPU', 0):g} CPU and "
-                f"{has.get('GPU', 0):g} GPU"
-            )
+        if not address and layout:
+            check_room(layout, ray.cluster_resources())
         yield
     finally:
         ray.shutdown()
@@ -260,7 +266,8 @@ def deploy(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> i
 
     Raises ClusterError where the replicas do not come up.
     """
-    target = application(settings, layout)
+    room, free = layout.fits(ray.cluster_resources()), layout.fits(ray.available_resources())
+    target = application(settings, layout, room, free)
     try:
         _serve_log.setLevel(logging.WARNING)  # it tells where Serve runs already, on another host or port
         serve.start(

@@ -35,6 +35,7 @@ with warnings.catch_warnings():
         pytest.importorskip(needed, reason="Ray is not installed (service/requirements-cluster.txt)")
 
 from service.batch_cluster import SHARD, segment_pictures
+from service.bucket import find_in_buckets
 from service.cluster import Layout
 
 ROOT = Path(service.__file__).parents[1]
@@ -45,7 +46,7 @@ NUMBER = 6 * SHARD
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[Any, list[Any]]]:
-    with nodes(1, 1) as started:
+    with nodes(2) as started:
         yield started
 
 
@@ -80,8 +81,9 @@ def record(folder: Path) -> Counter[str]:
 def test_a_killed_worker_and_a_killed_run_leave_one_result_for_each_picture(
     cluster: tuple[Any, list[Any]], photos: Path, model_file: Path, engine: Engine, tmp_path: Path
 ) -> None:
+    """By URL, as in a bucket; by path below."""
     address, all_nodes = cluster[0].address, cluster[1]
-    arguments = (str(photos), "--output", str(tmp_path / "out"), "--no-overlay")
+    arguments = (f"file://{photos}", "--output", str(tmp_path / "out"), "--no-overlay")
 
     with start(address, model_file, *arguments) as process:
         assert process.stdout
@@ -109,7 +111,8 @@ def test_a_killed_worker_and_a_killed_run_leave_one_result_for_each_picture(
     assert [Path(entry["file"]).name for entry in tables["images"]] == [f"{index:03}.png" for index in range(NUMBER)]
     for entry in tables["images"]:
         mask = np.asarray(Image.open(tmp_path / "out" / entry["mask"]))
-        np.testing.assert_array_equal(mask, engine.segment(np.asarray(Image.open(entry["file"]))).mask)
+        pixels = np.asarray(Image.open(photos / Path(entry["file"]).name))
+        np.testing.assert_array_equal(mask, engine.segment(pixels).mask)
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".png", ".json", ".csv", ".jsonl"}
 
 
@@ -122,7 +125,7 @@ def test_a_picture_that_kills_its_workers_is_reported_and_stops_nothing(
     settings = Settings(model=model_file, device="cpu", threads=1)
     run = batch.Run(Engine(model_file, "cpu", 1), settings, Options(), overlay=False)
     found, _ = batch.find_pictures([photos])
-    found = [one for one in found if one.file.name < "040"]
+    found = [one for one in found if one.file.name < "020"]
     poison.unlink()
     os.mkfifo(poison)
     holder = os.open(poison, os.O_RDWR)  # so that it can be opened, and never ends
@@ -144,10 +147,30 @@ def test_a_picture_that_kills_its_workers_is_reported_and_stops_nothing(
         stop.set()
         thread.join()
         os.close(holder)
-    assert len(outcomes) == len({job.source for job, _ in outcomes}) == 40
+    assert len(outcomes) == len({job.source for job, _ in outcomes}) == 20
     faults = {job.file.name: one.code for job, one in outcomes if isinstance(one, InputError)}
     assert faults == {"005.png": "worker_died"}
-    assert sum(record(tmp_path / "out").values()) == 39
+    assert sum(record(tmp_path / "out").values()) == 19
+
+
+def test_pictures_in_buckets_are_found_like_those_in_folders(tmp_path: Path) -> None:
+    for name in ("a.png", "more/b.JPG", "more/.hidden/c.png", "a.mask.png", ".d.png", "note.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"picture")
+    url = f"file://{tmp_path}"
+    for recursive in (False, True):
+        here, _ = batch.find_pictures([tmp_path], recursive)
+        there, errors = find_in_buckets([url, url, f"{url}/a.png"], recursive)
+        assert errors == []
+        assert [(str(one.file), one.below) for one in there] == [(f"file://{one.file}", one.below) for one in here]
+    for one in there:
+        state = Path(str(one.file).removeprefix("file://")).stat()
+        assert one.file.stat() == (state.st_size, state.st_mtime_ns)
+        with one.file.open("rb") as stream:
+            assert stream.read(4) == b"pict"
+    (tmp_path / "bare").mkdir()
+    _, errors = find_in_buckets([f"{url}/none", f"{url}/bare", "nothing://x"], True)
+    assert [fault["code"] for fault in errors] == ["unreadable", "no_pictures", "unreadable"]
 
 
 def open_files(process: int) -> list[str]:
