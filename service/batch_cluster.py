@@ -130,8 +130,9 @@ class Worker:
         outcomes: list[dict[str, Any]] = []
         try:
             for _, outcome in batch.write_pictures(jobs, self._run, self._folder):
-                is_fault = isinstance(outcome, InputError)
-                outcomes.append({"code": outcome.code, "message": outcome.message} if is_fault else outcome)
+                if isinstance(outcome, InputError):
+                    outcome = {"code": outcome.code, "message": outcome.message}
+                outcomes.append(outcome)
         except OSError as error:
             outcomes.append({"errno": error.errno or 0, "strerror": error.strerror or str(error)})
         except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own

@@ -111,7 +111,7 @@ def for_worker(settings: Settings, layout: Layout) -> Settings:
         raise ClusterError("device cuda needs a GPU for each replica; say how much of one, as in --gpus 0.5")
     if settings.device == "cpu" and layout.gpus:
         raise ClusterError("device cpu leaves the GPUs unused that are set aside by --gpus; leave one of the two out")
-    changes = {
+    changes: dict[str, Any] = {
         "device": "cuda" if layout.gpus else "cpu",
         "threads": settings.threads or max(1, int(layout.cpus)),
         "models": {name: path.resolve() for name, path in settings.models.items()},
@@ -193,8 +193,7 @@ def application(settings: Settings, layout: Layout, room: int = 0, free: int = 0
             "remote_control would load and unload models in one replica alone; in a cluster, deploy again instead"
         )
     at_most = layout.max_replicas or max(layout.min_replicas, room)
-    deployment = serve.deployment(
-        serve.ingress()(Replica),
+    make_deployment = serve.deployment(
         name=NAME,
         ray_actor_options={"num_cpus": layout.cpus, "num_gpus": layout.gpus},
         autoscaling_config=AutoscalingConfig(
@@ -213,6 +212,7 @@ def application(settings: Settings, layout: Layout, room: int = 0, free: int = 0
         max_constructor_retry_count=3,
         logging_config=LoggingConfig(enable_access_log=False),
     )
+    deployment = make_deployment(serve.ingress()(Replica))
     return deployment.bind(for_worker(settings, layout), settings.model == EMBEDDED_MODEL)
 
 
@@ -240,7 +240,7 @@ def connected(address: str | None, layout: Layout | None = None) -> Iterator[Non
     try:
         if address:
             _knock(address)
-        ray.init(address or "local", log_to_driver=False, logging_level="error", **mine)
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **mine)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = f"at {address}" if address else "on this machine"
         raise ClusterError(f"there is no Ray cluster to be had {where}: {_first_line(error)}") from None
