@@ -67,7 +67,7 @@ endef
 	@touch $@
 
 .venv/ready: requirements.txt service/requirements.txt service/requirements-base.txt service/requirements-client.txt \
-		service/requirements-cluster.txt
+		service/requirements-cluster.txt service/requirements-tracing.txt
 	@echo "setting up .venv (once, with torch) ..."
 	$(call make_venv,.venv)
 	@$(TEST_PYTHON) -c 'import torch' 2>/dev/null || $(TEST_PYTHON) $(PIP_INSTALL) '$(TORCH)'

@@ -25,6 +25,7 @@ class Recipe:
     name: str = option("encnet", "name the model travels under")
     licence: str = option("", "licence note that travels with the weights")
     description: str = option("", "one sentence that travels with the weights")
+    layout: str = option("", "how the data set lies on disk (README, Data sets); empty: recognised")
 
     backbone: str = option("resnet50s", "resnet{18,34,50,101} + '' (7x7 stem), 's' (64-64-128) or 'c' (32-32-64)")
     output_stride: int = option(8, "8 or 16, pixels per feature position")

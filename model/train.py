@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from model import sync_batchnorm
 from model.augment import Augmentation, StepSampler, TrainingCrops
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from model.data import DataError, open_dataset, problems
+from model.data import DataError, open_dataset, problems, repeats
 from model.encnet import EncNet
 from model.evaluate import Evaluation, Options, evaluate
 from model.figures import sample_row
@@ -115,8 +115,8 @@ class Run:
         if self.processes > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
 
-        self.validation = open_dataset(data, "val")
-        train = open_dataset(data, "train")
+        self.validation = open_dataset(data, "val", recipe.layout)
+        train = open_dataset(data, "train", recipe.layout)
         fill = tuple(round(255 * value) for value in IMAGENET_MEAN)
         options = Augmentation(
             recipe.crop,
@@ -329,15 +329,15 @@ def train(run: Run) -> None:
         run.console.print(f"wrote {run.out / 'final.pt'}", highlight=False)
 
 
-def check_data(root: Path, console: Console) -> int:
+def check_data(root: Path, console: Console, layout: str) -> int:
     """Read every pair of every split that exists; print what is wrong; the number of broken pairs.
 
-    The train and val splits must exist; test may be absent.
+    The train and val splits must exist; test may be absent. A picture that is in two splits is told, and not broken.
     """
-    broken = 0
+    broken, splits = 0, []
     for split in ("train", "val", "test"):
         try:
-            data = open_dataset(root, split)
+            data = open_dataset(root, split, layout)
         except DataError as error:
             if split == "test":
                 continue
@@ -348,7 +348,10 @@ def check_data(root: Path, console: Console) -> int:
                 if problem:
                     broken += 1
                     console.print(problem, highlight=False, soft_wrap=True)
-        console.print(f"{split}: {len(data)} pictures, {len(data.classes)} classes", highlight=False)
+        console.print(f"{split}: {len(data)} pictures, {len(data.classes)} classes ({data.layout})", highlight=False)
+        splits.append(data)
+    for sentence in repeats(splits):
+        console.print(f"note: {sentence}", highlight=False, soft_wrap=True)
     return broken
 
 
@@ -389,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = read_recipe(options.config, options.options)
         if options.check_data:
-            return 1 if check_data(options.data, console) else 0
+            return 1 if check_data(options.data, console, Recipe(**given).layout) else 0
         if options.out is None:
             raise RecipeError("--out DIR is needed: the folder that receives the checkpoints")
         last = options.out / "last.pt"
@@ -402,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
         saved = load_checkpoint(last) if options.resume else None
         initial = load_checkpoint(options.initial) if options.initial else None
         recipe = stored_recipe(saved, given) if saved else Recipe(**given)
-        if int(os.environ.get("RANK", 0)) == 0 and check_data(options.data, console):
+        if int(os.environ.get("RANK", 0)) == 0 and check_data(options.data, console, recipe.layout):
             raise DataError(f"{options.data}: training does not start on a broken data set")
         options.out.mkdir(parents=True, exist_ok=True)
         run = Run(recipe, options.data, options.out, console)
