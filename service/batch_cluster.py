@@ -32,6 +32,7 @@ from service.settings import EMBEDDED_MODEL, Settings
 
 SHARD = 16  # pictures that a worker is given at a time: what a killed run has to do again, for each worker
 ATTEMPTS = 2
+WAVE = 100_000  # pictures that Ray Data is told of at a time: what it holds of each is small, but not nothing
 
 
 def segment_pictures(
@@ -42,6 +43,13 @@ def segment_pictures(
     Raises OSError where a worker cannot write to the output folder, and ClusterError where the workers do not start.
     """
     batch.remove_parts(jobs, record.folder)
+    for start in range(0, len(jobs), WAVE):
+        yield from _segment_wave(jobs[start : start + WAVE], run, record, layout)
+
+
+def _segment_wave(
+    jobs: Sequence[batch.Job], run: batch.Run, record: batch.Record, layout: Layout
+) -> Iterator[tuple[batch.Job, batch.Entry | InputError]]:
     earlier = {job.source: record.take_back(job.source) for job in jobs}
     left = dict(enumerate(jobs))
     for shard in (SHARD, 1):

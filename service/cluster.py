@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -303,9 +303,13 @@ def stop(settings: Settings) -> None:
     except RayServeException:
         raise ClusterError("nothing of this service is deployed on the cluster") from None
     end = time.monotonic() + settings.grace_seconds
-    while any(handle.broadcast("drain").results()) and time.monotonic() < end:
+    while (left := end - time.monotonic()) > 0:
+        with suppress(RayError, TimeoutError):  # a replica may end meanwhile
+            if not any(handle.broadcast("drain").results(timeout_s=left)):
+                break
         time.sleep(_POLL_SECONDS)
-    serve.delete(NAME)
+    with suppress(TimeoutError):  # Ray goes on by itself
+        serve.delete(NAME)
 
 
 def stay(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> None:

@@ -14,12 +14,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from ray_nodes import kill, nodes, workers
+from ray_nodes import Nodes, kill, nodes
 from tiny_model import encoded
 
 import service
@@ -34,7 +33,8 @@ with warnings.catch_warnings():
     for needed in ("ray.serve", "ray.data"):
         pytest.importorskip(needed, reason="Ray is not installed (service/requirements-cluster.txt)")
 
-from service.batch_cluster import SHARD, segment_pictures
+from service import batch_cluster
+from service.batch_cluster import SHARD
 from service.bucket import find_in_buckets
 from service.cluster import Layout
 
@@ -45,7 +45,7 @@ NUMBER = 6 * SHARD
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[tuple[Any, list[Any]]]:
+def cluster() -> Iterator[Nodes]:
     with nodes(2) as started:
         yield started
 
@@ -79,10 +79,10 @@ def record(folder: Path) -> Counter[str]:
 
 
 def test_a_killed_worker_and_a_killed_run_leave_one_result_for_each_picture(
-    cluster: tuple[Any, list[Any]], photos: Path, model_file: Path, engine: Engine, tmp_path: Path
+    cluster: Nodes, photos: Path, model_file: Path, engine: Engine, tmp_path: Path
 ) -> None:
     """By URL, as in a bucket; by path below."""
-    address, all_nodes = cluster[0].address, cluster[1]
+    address = cluster.address
     arguments = (f"file://{photos}", "--output", str(tmp_path / "out"), "--no-overlay")
 
     with start(address, model_file, *arguments) as process:
@@ -96,8 +96,7 @@ def test_a_killed_worker_and_a_killed_run_leave_one_result_for_each_picture(
     with start(address, model_file, *arguments) as process:
         assert process.stdout
         assert process.stdout.readline()
-        killed = [one for node in all_nodes for one in workers(node, WORKER)]
-        kill(killed[0])
+        kill(cluster.workers(WORKER)[0])
         _, error = process.communicate(timeout=WAIT)
     assert process.returncode == 1
     assert f"{done_before} of {NUMBER + 2} pictures were done before" in error
@@ -117,15 +116,10 @@ def test_a_killed_worker_and_a_killed_run_leave_one_result_for_each_picture(
 
 
 def test_a_picture_that_kills_its_workers_is_reported_and_stops_nothing(
-    cluster: tuple[Any, list[Any]], photos: Path, model_file: Path, tmp_path: Path
+    cluster: Nodes, photos: Path, model_file: Path, tmp_path: Path
 ) -> None:
     """Killed from outside, as the system does it when memory runs out: whoever reads this picture dies."""
-    all_nodes = cluster[1]
     poison = photos / "005.png"
-    settings = Settings(model=model_file, device="cpu", threads=1)
-    run = batch.Run(Engine(model_file, "cpu", 1), settings, Options(), overlay=False)
-    found, _ = batch.find_pictures([photos])
-    found = [one for one in found if one.file.name < "020"]
     poison.unlink()
     os.mkfifo(poison)
     holder = os.open(poison, os.O_RDWR)  # so that it can be opened, and never ends
@@ -133,7 +127,7 @@ def test_a_picture_that_kills_its_workers_is_reported_and_stops_nothing(
 
     def executioner() -> None:
         while not stop.is_set():
-            for one in [one for node in all_nodes for one in workers(node, WORKER)]:
+            for one in cluster.workers(WORKER):
                 if any(link == str(poison) for link in open_files(one)):
                     kill(one)
             time.sleep(0.02)
@@ -141,16 +135,26 @@ def test_a_picture_that_kills_its_workers_is_reported_and_stops_nothing(
     thread = threading.Thread(target=executioner)
     thread.start()
     try:
-        with batch.open_record(tmp_path / "out") as kept:
-            outcomes = list(segment_pictures(batch.plan(found, kept), run, kept, Layout()))
+        sources, faults = cluster.ask(segment_twenty, photos, tmp_path / "out", model_file)
     finally:
         stop.set()
         thread.join()
         os.close(holder)
-    assert len(outcomes) == len({job.source for job, _ in outcomes}) == 20
-    faults = {job.file.name: one.code for job, one in outcomes if isinstance(one, InputError)}
+    assert len(sources) == len(set(sources)) == 20
     assert faults == {"005.png": "worker_died"}
     assert sum(record(tmp_path / "out").values()) == 19
+
+
+def segment_twenty(photos: Path, output: Path, model: Path) -> tuple[list[str], dict[str, str]]:
+    """In two waves: the pictures that have an outcome, and the codes of those that failed."""
+    batch_cluster.WAVE = 18
+    settings = Settings(model=model, device="cpu", threads=1)
+    run = batch.Run(Engine(model, "cpu", 1), settings, Options(), overlay=False)
+    found = [batch.Found(photos / f"{index:03}.png") for index in range(20)]
+    with batch.open_record(output) as kept:
+        outcomes = list(batch_cluster.segment_pictures(batch.plan(found, kept), run, kept, Layout()))
+    faults = {job.file.name: one.code for job, one in outcomes if isinstance(one, InputError)}
+    return [job.source for job, _ in outcomes], faults
 
 
 def test_pictures_in_buckets_are_found_like_those_in_folders(tmp_path: Path) -> None:

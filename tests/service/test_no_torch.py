@@ -12,7 +12,7 @@ import service
 
 SERVICE = Path(service.__file__).parent
 ROOT = SERVICE.parent
-DISTRIBUTION_OF = {"PIL": "pillow", "pynvml": "nvidia_ml_py"}
+DISTRIBUTION_OF = {"PIL": "pillow", "pynvml": "nvidia_ml_py", "opentelemetry": "opentelemetry_sdk"}
 BROUGHT_BY_FASTAPI = {"anyio", "starlette", "typing_extensions"}
 OF_ITS_OWN = {
     "batch_cluster.py": "cluster",
