@@ -42,6 +42,7 @@ SCALE_UP_SECONDS = 3.0
 SCALE_DOWN_SECONDS = 120.0
 LOAD_SECONDS = 15.0  # over which the load is averaged
 HEALTH_SECONDS = 5.0  # between two checks; a replica that fails three in a row is replaced
+SURGE_PERCENT = 20  # of the replicas that an update may have beside those to be replaced
 KNOCK_SECONDS = 5.0
 SPARE_SECONDS = 15.0  # beyond a request's or the grace period's own time, until Ray ends what should have ended
 
@@ -180,11 +181,12 @@ class OneRequestId:
 # ---- what is deployed
 
 
-def application(settings: Settings, layout: Layout, room: int = 0, free: int = 0) -> serve.Application:
-    """The application for a cluster that has room for so many replicas, of which so much is free now.
+def application(settings: Settings, layout: Layout, room: int = 0) -> serve.Application:
+    """The application for a cluster that has room for so many replicas.
 
-    In an update, new replicas are ready before old ones stop, where there is room for one more; otherwise a few stop
-    first, and what comes while there is none waits.
+    In an update, new replicas are ready before old ones stop, where there is room for more than the most replicas;
+    otherwise a few stop first, as Ray would wait for ever for room that only they can make. What comes while there is
+    no replica waits.
 
     Raises ClusterError for settings that a cluster cannot have.
     """
@@ -205,7 +207,7 @@ def application(settings: Settings, layout: Layout, room: int = 0, free: int = 0
             look_back_period_s=LOAD_SECONDS,
         ),
         max_ongoing_requests=MAX_ONGOING,
-        max_surge_percent=20 if free else 0,
+        max_surge_percent=SURGE_PERCENT if room >= at_most + -(-at_most * SURGE_PERCENT // 100) else 0,
         graceful_shutdown_timeout_s=settings.grace_seconds + SPARE_SECONDS,
         graceful_shutdown_wait_loop_s=_POLL_SECONDS,
         health_check_period_s=HEALTH_SECONDS,
@@ -266,9 +268,10 @@ def deploy(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> i
 
     Raises ClusterError where the replicas do not come up.
     """
-    room, free = layout.fits(ray.cluster_resources()), layout.fits(ray.available_resources())
-    target = application(settings, layout, room, free)
     try:
+        before = serve.status().applications.get(NAME)
+        room = layout.fits(ray.available_resources()) + (_running(before) if before else 0)
+        target = application(settings, layout, room)
         _serve_log.setLevel(logging.WARNING)  # it tells where Serve runs already, on another host or port
         serve.start(
             http_options=HTTPOptions(
@@ -331,7 +334,8 @@ def stay(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> Non
 
 
 def _running(state: ApplicationStatusOverview) -> int:
-    return state.deployments[NAME].replica_states.get(ReplicaState.RUNNING, 0)
+    deployment = state.deployments.get(NAME)
+    return deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
 
 
 def _first_line(error: Exception) -> str:
