@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePath
 from threading import Lock
 from typing import IO, Any
 
@@ -46,6 +47,7 @@ _WORKERS = 3  # one picture on the device, one being decoded, one being written
 _ENTRY_KEYS = ("file", "mask", "overlay", "image", "presence", "infer_ms")
 
 Entry = dict[str, Any]
+File = Any  # a pathlib.Path, or a bucket.BucketFile, which has what is needed of one
 
 
 class OutputBusy(Exception):
@@ -56,15 +58,18 @@ class OutputBusy(Exception):
 class Found:
     """A picture file, and the folder it was found in, relative to the folder that was given."""
 
-    file: Path
-    below: Path = Path()
+    file: File
+    below: PurePath = Path()
 
 
 @dataclass(frozen=True)
 class Job:
-    """A picture, the name of its outputs, and its place relative to the output folder, by which the record knows it."""
+    """A picture, the name of its outputs, and its place relative to the output folder, by which the record knows it.
 
-    file: Path
+    A picture in a bucket is known by its URL.
+    """
+
+    file: File
     name: str
     source: str
 
@@ -133,7 +138,7 @@ def _pictures_in(folder: Path, recursive: bool, faults: list[OSError]) -> Iterat
     for parent, folders, names in os.walk(folder, onerror=faults.append):
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
         for file in (Path(parent, name) for name in sorted(names)):
-            if _is_picture_name(file) and _is(file.is_file):
+            if is_picture_name(file) and _is(file.is_file):
                 yield Found(file, file.parent.relative_to(folder))
 
 
@@ -144,7 +149,8 @@ def _is(kind: Callable[[], bool]) -> bool:
         return False
 
 
-def _is_picture_name(path: Path) -> bool:
+def is_picture_name(path: PurePath) -> bool:
+    """Whether a file is taken for a picture where a folder is given: by its suffix, unless it is an output of ours."""
     name = path.name.lower()
     return (
         path.suffix.lower() in IMAGE_SUFFIXES
@@ -172,16 +178,16 @@ def output_names(pictures: Sequence[Found], taken: Iterable[str] = ()) -> list[s
             number += 1
             name = f"{base}-{number}"
         seen.add(name.casefold())
-        names.append(_printable(name))
+        names.append(printable(name))
     return names
 
 
-def entry_error(path: Path, code: str, message: str) -> dict[str, str]:
+def entry_error(path: File | str, code: str, message: str) -> dict[str, str]:
     """An entry of the document's `errors`."""
-    return {"file": _printable(str(path)), "code": code, "message": message}
+    return {"file": printable(str(path)), "code": code, "message": message}
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A file name as text that any file and terminal can hold, also where it is not valid UTF-8 on disk."""
     return name.encode(errors="backslashreplace").decode()
 
@@ -258,6 +264,12 @@ class Record:
             return set()
         self.add({"source": source})
         return set(done.files)
+
+    def replace(self, before: Iterable[str], entry: Entry) -> None:
+        """Record a picture whose files are complete, and remove those of `before` that it no longer has."""
+        for name in set(before) - set(entry["done"]["files"]):
+            (self.folder / name).unlink(missing_ok=True)
+        self.add(entry)
 
     def is_complete(self, source: str) -> bool:
         """Whether the outputs of a recorded picture are there, with the sizes they were written with."""
@@ -351,7 +363,10 @@ def _json_line(value: Any) -> bytes:
 def plan(pictures: Sequence[Found], record: Record) -> list[Job]:
     """A job for each picture: outputs that are recorded keep their names, the others take names that are free."""
     folder = os.path.realpath(record.folder)
-    sources = [_printable(os.path.relpath(os.path.realpath(picture.file), folder)) for picture in pictures]
+    sources = [
+        printable(os.path.relpath(os.path.realpath(file), folder) if isinstance(file, Path) else str(file))
+        for file in (picture.file for picture in pictures)
+    ]
     names = {source: done.name for source, done in record.done.items()}
     new = [index for index, source in enumerate(sources) if source not in names]
     for index, name in zip(new, output_names([pictures[index] for index in new], names.values()), strict=True):
@@ -364,27 +379,38 @@ def segment_pictures(jobs: Sequence[Job], run: Run, record: Record) -> Iterator[
 
     One picture is on the device at a time, while others are decoded and written.
     """
-    _remove_parts(jobs, record.folder)
-    waiting = deque(jobs)
+    remove_parts(jobs, record.folder)
+    earlier: dict[str, set[str]] = {}
+
+    def taken_back() -> Iterator[Job]:
+        for job in jobs:
+            earlier[job.source] = record.take_back(job.source)
+            yield job
+
+    for job, outcome in write_pictures(taken_back(), run, record.folder):
+        before = earlier.pop(job.source)
+        if not isinstance(outcome, InputError):
+            record.replace(before, outcome)
+        yield job, outcome
+
+
+def write_pictures(jobs: Iterable[Job], run: Run, folder: Path) -> Iterator[tuple[Job, Entry | InputError]]:
+    """As `segment_pictures`, in the jobs' order, without a record; a job is taken when its turn comes."""
+    waiting = iter(jobs)
     with ThreadPoolExecutor(_WORKERS) as pool:
-        running: deque[tuple[Job, set[str], Future[Entry]]] = deque()
+        running: deque[tuple[Job, Future[Entry]]] = deque()
         try:
-            while waiting or running:
-                while waiting and len(running) <= _WORKERS:
-                    job = waiting.popleft()
-                    running.append(
-                        (job, record.take_back(job.source), pool.submit(_segment_one, job, run, record.folder))
-                    )
-                job, before, future = running.popleft()
+            while True:
+                for job in islice(waiting, _WORKERS + 1 - len(running)):
+                    running.append((job, pool.submit(_segment_one, job, run, folder)))
+                if not running:
+                    return
+                job, future = running.popleft()
                 try:
-                    entry = future.result()
+                    outcome: Entry | InputError = future.result()
                 except InputError as error:
-                    yield job, error
-                else:
-                    for name in before - set(entry["done"]["files"]):
-                        (record.folder / name).unlink(missing_ok=True)
-                    record.add(entry)
-                    yield job, entry
+                    outcome = error
+                yield job, outcome
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -408,7 +434,7 @@ def _segment_one(job: Job, run: Run, folder: Path) -> Entry:
         with whole(folder / name) as file:
             file.write(content)
     return {
-        "file": _printable(str(job.file)),
+        "file": printable(str(job.file)),
         **{kind: name for kind, (name, _) in outputs.items()},
         "image": {
             "width": picture.size[0],
@@ -427,21 +453,21 @@ def _segment_one(job: Job, run: Run, folder: Path) -> Entry:
     }
 
 
-def _read(file: Path, settings: Settings) -> tuple[bytes, dict[str, int]]:
+def _read(file: File, settings: Settings) -> tuple[bytes, dict[str, int]]:
     """The picture file and its size and time of change; InputError where unreadable.
 
     At most one byte more than the limit is read, which is enough for `decode` to refuse.
     """
     try:
+        state = file.stat()  # before it is read: what changes meanwhile is found changed the next time
         with file.open("rb") as stream:
-            state = os.fstat(stream.fileno())
-            facts = {"picture_bytes": state.st_size, "changed_ns": state.st_mtime_ns}
-            return stream.read(settings.max_bytes + 1), facts
+            data = stream.read(settings.max_bytes + 1)
     except OSError as error:
         raise InputError("unreadable", f"the file cannot be read: {error.strerror or error}") from None
+    return data, {"picture_bytes": state.st_size, "changed_ns": state.st_mtime_ns}
 
 
-def _remove_parts(jobs: Sequence[Job], folder: Path) -> None:
+def remove_parts(jobs: Sequence[Job], folder: Path) -> None:
     """Remove what a killed run was writing."""
     for name in [RECORD, DOCUMENT, TABLE, *(job.name + end for job in jobs for end in (MASK_SUFFIX, OVERLAY_SUFFIX))]:
         _part(folder / name).unlink(missing_ok=True)

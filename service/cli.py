@@ -1,11 +1,13 @@
 """The command line: `serve` over HTTP, `segment` pictures without it, `bench` a server, `warm` a model."""
 
+import importlib
 import signal
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -46,6 +48,17 @@ FlipOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(help="Threads for one inference on the CPU. Default: 0, one per core.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster to use, as in 10.0.0.7:6379; auto: the one that this machine is part of. "
+        "Default: one of this machine's own, for as long as the command runs."
+    ),
+]
+CpusOption = Annotated[float, typer.Option(help="CPUs that Ray sets aside for each process with a model.")]
+GpusOption = Annotated[
+    float, typer.Option(help="GPUs that Ray sets aside for each process with a model; 0.5 is half of one.")
 ]
 
 
@@ -105,9 +118,81 @@ def serve(
         return
 
 
+@cli.command("cluster", epilog=_SETTINGS)
+def serve_on_cluster(
+    model: ModelOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on, on each node. Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, on each node. Default: 8000.")] = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    address: AddressOption = None,
+    min_replicas: Annotated[int, typer.Option(help="Fewest replicas.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="Most replicas. Default: as many as the cluster has room for.")
+    ] = None,
+    ongoing_requests: Annotated[
+        float, typer.Option(help="Requests, running and waiting, that each replica should have on average.")
+    ] = 2.0,
+    cpus: CpusOption = 1.0,
+    gpus: GpusOption = 0.0,
+    stop: Annotated[bool, typer.Option("--stop", help="Drain what is deployed at --address, and remove it.")] = False,
+) -> None:
+    """Serve a model on a Ray cluster, with more or fewer replicas as the load is.
+
+    Without --address it serves in the foreground, on this machine; SIGTERM and Ctrl-C finish what is in flight, while
+    new work gets 503, and SIGHUP loads the model files anew, replica by replica. With --address it deploys and ends;
+    done again, with another model or other options, it brings the replicas up to date one after another, without
+    losing a request. Every node needs the model files, this code and service/requirements-cluster.txt.
+
+    Examples:
+
+        python -m service cluster --max-replicas 4
+
+        python -m service cluster --address auto --host 0.0.0.0 --gpus 0.5
+
+        python -m service cluster --address auto --model new.onnx
+
+        python -m service cluster --address auto --stop
+    """
+    from service import server
+
+    settings = _settings(model=model, host=host, port=port, device=device, threads=threads)
+    cluster = _needs_ray("cluster")
+    layout = _layout(
+        min_replicas=min_replicas, max_replicas=max_replicas, ongoing_requests=ongoing_requests, cpus=cpus, gpus=gpus
+    )
+    if stop and not address:
+        _fail("--stop needs the --address of the cluster that the service is to be removed from", code=2)
+
+    def tell(text: str) -> None:
+        typer.echo(text, err=True)
+
+    try:
+        if not stop:
+            engines = [Engine(path, "cpu", 1) for path in (settings.model, *settings.models.values())]
+        if not address:
+            with server.listen(settings) as listener:
+                settings = settings.model_copy(update={"port": listener.getsockname()[1]})
+        with cluster.connected(address, layout):
+            if stop:
+                cluster.stop(settings)
+                return
+            running = cluster.deploy(settings, layout, tell)
+            typer.echo(_banner(settings, engines, _replicas_text(running, layout)))
+            if not address:
+                cluster.stay(settings, layout, tell)
+    except (cluster.ClusterError, server.CannotListen, ModelError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        return
+
+
 @cli.command()
 def segment(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files, or folders of them.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE", help="Picture files, or folders of them; with --cluster also s3:// and gs://."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write to; made if needed.")] = Path("segmented"),
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Take the pictures in subfolders too, into subfolders alike.")
@@ -130,6 +215,10 @@ def segment(
     ] = True,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Let a Ray cluster do the work.")] = False,
+    address: AddressOption = None,
+    cpus: CpusOption = 1.0,
+    gpus: GpusOption = 0.0,
 ) -> None:
     """Segment pictures and write masks, overlays and tables of which classes are present.
 
@@ -140,6 +229,9 @@ def segment(
     Stopped at any point, even by kill -9, the same command goes on from there: what is done, with this model, these
     options and the picture unchanged, is not done again. presence.jsonl keeps the record, a line for each picture.
 
+    With --cluster the pictures are shared out among the processes of a Ray cluster, whose nodes must all have the
+    output folder, and the pictures, unless they are in a bucket; --cpus, --gpus and --address are for it alone.
+
     Examples:
 
         python -m service segment street.jpg
@@ -147,10 +239,23 @@ def segment(
         python -m service segment photos/ --recursive --output masks --no-overlay
 
         python -m service segment street.jpg --model my.onnx --scales 0.75,1,1.25 --flip
+
+        python -m service segment s3://photos/2026 --recursive --output /shared/masks --cluster --address auto
     """
     settings = _settings(model=model, device=device, threads=threads)
     options = _options(settings, scales=scales, flip=flip, max_side=max_side, window=window, stride=stride)
-    pictures, errors = batch.find_pictures(images, recursive)
+    segment_pictures: Callable[..., Iterator[tuple[batch.Job, batch.Entry | InputError]]] = batch.segment_pictures
+    if cluster:
+        segment_pictures = partial(_segment_on_cluster, address=address, layout=_layout(cpus=cpus, gpus=gpus))
+    elif address or gpus or cpus != 1:
+        _fail("--address, --cpus and --gpus are for --cluster", code=2)
+    urls = [image for image in images if "://" in image]
+    if urls and not cluster:
+        _fail(f"{urls[0]} is in a bucket, which takes --cluster to be read", code=2)
+    pictures, errors = batch.find_pictures([Path(image) for image in images if image not in urls], recursive)
+    if urls:
+        in_buckets, more_errors = _needs_ray("bucket").find_in_buckets(urls, recursive)
+        pictures, errors = pictures + in_buckets, errors + more_errors
     for problem in errors:
         _report(problem)
     if not pictures:
@@ -164,7 +269,8 @@ def segment(
             if len(todo) < len(jobs):
                 kept = f"{len(jobs) - len(todo)} of {len(jobs)} pictures were done before"
                 typer.echo(f"{kept}; --overwrite segments them again", err=True)
-            errors += _segment_jobs(todo, len(jobs), run, record)
+            outcomes = segment_pictures(todo, run, record)
+            errors += _tell_outcomes(outcomes, len(jobs) - len(todo), len(jobs), output)
             others = batch.write_tables(jobs, run, record, errors)
     except batch.OutputBusy as error:
         _fail(str(error))
@@ -182,21 +288,51 @@ def segment(
         _fail(f"{len(errors)} of {inputs} inputs failed")
 
 
-def _segment_jobs(todo: Sequence[batch.Job], total: int, run: batch.Run, record: batch.Record) -> list[dict[str, str]]:
-    """Segment each picture, telling of each and of the progress; returns the errors."""
+def _tell_outcomes(
+    outcomes: Iterable[tuple[batch.Job, batch.Entry | InputError]], done: int, total: int, output: Path
+) -> list[dict[str, str]]:
+    """Let each picture be segmented, telling of it and of the progress; returns the errors."""
     errors = []
     with _progress() as progress:
-        bar = progress.add_task("segmenting", total=total, completed=total - len(todo))
-        for job, outcome in batch.segment_pictures(todo, run, record):
+        bar = progress.add_task("segmenting", total=total, completed=done)
+        for job, outcome in outcomes:
             if isinstance(outcome, InputError):
                 errors.append(batch.entry_error(job.file, outcome.code, outcome.message))
                 _report(errors[-1])
             else:
                 present = ", ".join(row["class"] for row in outcome["presence"] if row["present"])
-                mask = record.folder / outcome["mask"]
-                typer.echo(f"{outcome['file']} -> {mask}: {present or 'no class is present'}")
+                typer.echo(f"{outcome['file']} -> {output / outcome['mask']}: {present or 'no class is present'}")
             progress.advance(bar)
     return errors
+
+
+def _segment_on_cluster(
+    jobs: Sequence[batch.Job], run: batch.Run, record: batch.Record, address: str | None, layout: Any
+) -> Iterator[tuple[batch.Job, batch.Entry | InputError]]:
+    """As batch.segment_pictures; what is wrong with the cluster is told in a sentence."""
+    cluster, batch_cluster = _needs_ray("cluster"), _needs_ray("batch_cluster")
+    if not jobs:
+        return
+    try:
+        with cluster.connected(address, layout):
+            yield from batch_cluster.segment_pictures(jobs, run, record, layout)
+    except cluster.ClusterError as error:
+        _fail(str(error))
+
+
+def _needs_ray(module: str) -> Any:
+    """A module of the service that needs Ray, which the rest does without."""
+    try:
+        return importlib.import_module(f"service.{module}")
+    except ImportError as error:
+        _fail(f"{error.name} is not installed; pip install -r service/requirements-cluster.txt")
+
+
+def _layout(**given: Any) -> Any:
+    try:
+        return _needs_ray("cluster").Layout(**given)
+    except ValidationError as error:
+        _fail("; ".join(_faults(error)), code=2)
 
 
 def _progress() -> "Progress":
@@ -369,12 +505,18 @@ def _settings(**given: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        faults = []
-        for fault in error.errors(include_url=False):
-            name, text = ".".join(map(str, fault["loc"])), str(fault["msg"]).removeprefix("Value error, ")
-            where = name if given.get(name) is not None else f"ENCNET_{name.upper()}"
-            faults.append(f"{where}: {text}" if name else text)
-        _fail("; ".join(faults), code=2)
+        _fail(
+            "; ".join(_faults(error, lambda name: name if given.get(name) is not None else f"ENCNET_{name.upper()}")), 2
+        )
+
+
+def _faults(error: ValidationError, where: Callable[[str], str] = str) -> list[str]:
+    """What is wrong, with the name under which it was given."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        name, text = ".".join(map(str, fault["loc"])), str(fault["msg"]).removeprefix("Value error, ")
+        faults.append(f"{where(name)}: {text}" if name else text)
+    return faults
 
 
 def _load(settings: Settings) -> Engine:
@@ -386,18 +528,31 @@ def _load(settings: Settings) -> Engine:
 
 
 def _ready_text(models: Models, port: int) -> str:
-    settings = models.settings
+    settings = models.settings.model_copy(update={"port": port})
+    return _banner(settings, [models.pipeline(served.name).engine for served in models.all])
+
+
+def _banner(settings: Settings, engines: Sequence[Engine], replicas: str = "") -> str:
     everywhere = settings.host in ("0.0.0.0", "::")
     host = "127.0.0.1" if everywhere else f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{port}"
+    url = f"http://{host}:{settings.port}"
     lines = [f"\nEncNet Serve listens on {url}{' and every other interface' if everywhere else ''}"]
-    for served in models.all:
-        engine = models.pipeline(served.name).engine
+    if replicas:
+        lines.append(f"  replicas {replicas}")
+    for engine in engines:
         classes = len(engine.metadata.classes)
-        lines.append(f"  model    {engine.metadata.name}, {classes} classes, on {engine.device} ({served.path})")
+        on = "" if replicas else f", on {engine.device}"
+        lines.append(f"  model    {engine.metadata.name}, {classes} classes{on} ({engine.path})")
     lines += [
         f"  try      curl -F image=@examples/street.jpg {url}/segment",
         f"           curl -F image=@examples/street.jpg '{url}/segment?format=png' -o mask.png",
         f"  docs     {url}/docs\n",
     ]
     return "\n".join(lines)
+
+
+def _replicas_text(running: int, layout: Any) -> str:
+    most = layout.max_replicas or "as many as there is room for"
+    by_load = "" if most == layout.min_replicas else f" now, from {layout.min_replicas} to {most} by the load"
+    takes = " and ".join(f"{amount:g} {name}" for name, amount in layout.resources.items())
+    return f"{running}{by_load}, each with {takes}"

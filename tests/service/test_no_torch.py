@@ -13,9 +13,28 @@ import service
 
 SERVICE = Path(service.__file__).parent
 ROOT = SERVICE.parent
-DISTRIBUTION_OF = {"PIL": "pillow", "pynvml": "nvidia_ml_py"}
+DISTRIBUTION_OF = {"PIL": "pillow", "pynvml": "nvidia_ml_py", "opentelemetry": "opentelemetry_sdk"}
 BROUGHT_BY_FASTAPI = {"anyio", "starlette", "typing_extensions"}
-BLOCKED = ["torch", "model", "export", "onnx", "onnxscript", "scipy", "matplotlib", "sklearn", "pandas", "cv2", "timm"]
+OF_ITS_OWN = {
+    "batch_cluster.py": "cluster",
+    "bucket.py": "cluster",
+    "cluster.py": "cluster",
+    "tracing.py": "tracing",
+}
+BLOCKED = [
+    "torch",
+    "model",
+    "export",
+    "onnx",
+    "onnxscript",
+    "scipy",
+    "matplotlib",
+    "sklearn",
+    "pandas",
+    "ray",
+    "cv2",
+    "timm",
+]
 
 SEGMENT_ONCE = """
 import io, sys
@@ -62,6 +81,8 @@ def test_every_import_is_in_the_requirements(file: Path) -> None:
     needs = ["requirements-base.txt", "requirements.txt", "requirements-gpu.txt"]
     if file.name == "client.py":
         needs = ["requirements-client.txt"]
+    if file.name in OF_ITS_OWN:
+        needs.append(f"requirements-{OF_ITS_OWN[file.name]}.txt")
     lines = [line for name in needs for line in _lines(SERVICE / name)]
     required = {re.split(r"[<>=\[]", line)[0].replace("-", "_") for line in lines}
     third_party = _imports(file) - set(sys.stdlib_module_names) - {"service"} - BROUGHT_BY_FASTAPI
