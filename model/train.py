@@ -41,6 +41,7 @@ from model.losses import Losses, encnet_loss
 from model.metrics import mean_iou, pixel_accuracy
 from model.pictures import TrainingCrops, in_memory
 from model.predict import normalise
+from model.processes import group_id, init_process_group, restarted
 from model.recipe import Recipe, RecipeError, options_table, read_recipe
 
 BOOKKEEPING = {"cache", "workers", "log_every", "save_every", "evaluate_every"}
@@ -124,7 +125,7 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
         if self.processes > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            init_process_group("nccl" if cuda else "gloo")
 
         self.validation = open_dataset(data, "val")
         train = open_dataset(data, "train")
@@ -204,6 +205,7 @@ class Run:
             "random": states,
             "best": self.best,
             "curves": self.curves,
+            "group": group_id(),
         }
         save_checkpoint(self.out / "last.pt", self.checkpoint(training))
 
@@ -468,7 +470,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is None:
             raise RecipeError("--out DIR is needed: the folder that receives the checkpoints")
         last = options.out / "last.pt"
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and last.exists():
+        if last.exists() and group_id() and restarted((load_checkpoint(last).training or {}).get("group", "")):
             options.resume, options.initial = True, None
         if last.exists() and not options.resume:
             raise RecipeError(f"{options.out} already holds a run; add --resume, or choose another folder")
