@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import gc
 import math
 import os
 import sys
@@ -463,6 +464,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console(soft_wrap=True)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    run: Run | None = None
     try:
         given = read_recipe(options.config, options.options)
         if options.check_data:
@@ -497,6 +499,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     finally:
         if dist.is_available() and dist.is_initialized():
+            # Before the group, what uses it: freed after it, a Reducer takes gloo's threads along and can wait forever.
+            run = None
+            gc.collect()
             dist.destroy_process_group()
     return 0
 
