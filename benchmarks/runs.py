@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Job:
     data: Path
     config: Path
     options: tuple[str, ...]
-    views: dict[str, tuple[str, ...]]
+    views: Mapping[str, tuple[str, ...]]
 
     def missing(self, root: Path) -> list[str]:
         """What is still to do, "training" and views."""

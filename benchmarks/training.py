@@ -135,7 +135,7 @@ def parts_of_a_step(run: Run, rounds: int) -> dict[str, float]:
             milliseconds(
                 run.device,
                 lambda crops=crops, losses=losses: losses.append(  # type: ignore[misc]
-                    run.losses_of(*crops[0], crops[0][1]).total
+                    run.losses_of(crops[0][0], crops[0][1], crops[0][1]).total
                 ),
             ),
             milliseconds(run.device, lambda losses=losses: losses[0].backward()),  # type: ignore[misc]
@@ -150,7 +150,7 @@ def parts_of_a_step(run: Run, rounds: int) -> dict[str, float]:
 def count_operations(run: Run, crops: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Floating-point operations of forward and backward pass in units of 10^9; Encoding's own, some 0.1 %, left out."""
     with FlopCounterMode(display=False) as forward:
-        total = run.losses_of(*crops, crops[1]).total
+        total = run.losses_of(crops[0], crops[1], crops[1]).total
     with FlopCounterMode(display=False) as backward:
         total.backward()
     run.optimizer.zero_grad(set_to_none=True)

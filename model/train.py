@@ -254,8 +254,8 @@ class Run:
         shares = []
         for part, crops in enumerate(zip(images.chunk(count), masks.chunk(count), strict=True), start=1):
             # Until the last part the gradients stay with their process.
-            alone = isinstance(self.model, DistributedDataParallel) and part < count
-            with self.model.no_sync() if alone else contextlib.nullcontext():
+            parallel = self.model if isinstance(self.model, DistributedDataParallel) else None
+            with parallel.no_sync() if parallel and part < count else contextlib.nullcontext():
                 losses = self.losses_of(*crops, masks)
                 self.scaler.scale(losses.total).backward()
             shares.append([value.detach() for value in losses])
