@@ -137,44 +137,51 @@ def crops(packed: Tensor, places: Tensor, draws: Draws, crop: int, fill: Tensor)
     x = a * side + b * side[:, None] + c
     y = d * side + e * side[:, None] + f
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    height, width = height.int(), width.int()
+
+    def within(place: Tensor, size: Tensor) -> Tensor:
+        return place.int().clamp_min(0).minimum(size - 1)
 
     def at(row: Tensor, column: Tensor) -> Tensor:
-        row, column = row.clamp_min(0).minimum(height - 1), column.clamp_min(0).minimum(width - 1)
-        return bytes_of(packed[start + row * width + column])
+        return bytes_of(packed[start + (row * width + column)])
 
-    masks = at(y.floor().long(), x.floor().long())[..., 3].masked_fill(~inside, IGNORE)
+    masks = at(within(y.floor(), height), within(x.floor(), width))[..., 3].masked_fill(~inside, IGNORE)
     left, top = (x - 0.5).floor(), (y - 0.5).floor()
-    right_share, lower_share = (x - 0.5 - left)[..., None], (y - 0.5 - top)[..., None]
-    column, row = left.long(), top.long()
+    right_share, lower_share = (x - 0.5 - left)[:, None], (y - 0.5 - top)[:, None]
+    columns = within(left, width), within(left + 1, width)
 
     def between(row: Tensor) -> Tensor:
-        first, second = at(row, column)[..., :3].float(), at(row, column + 1)[..., :3].float()
+        first, second = (planes(at(row, column)) for column in columns)
         return first + (second - first) * right_share
 
-    upper, lower = between(row), between(row + 1)
+    upper, lower = between(within(top, height)), between(within(top + 1, height))
     pixels = (upper + (lower - upper) * lower_share).floor()
-    pixels = torch.where(inside[..., None], pixels, fill.float())
-    return recolour(pixels, draws).permute(0, 3, 1, 2), masks
+    pixels = torch.where(inside[:, None], pixels, fill.float()[:, None, None])
+    return recolour(pixels, draws), masks
+
+
+def planes(pixels: Tensor) -> Tensor:
+    """(B, H, W, 4) uint8, red, green, blue, label -> (B, 3, H, W) float32."""
+    return pixels.permute(0, 3, 1, 2)[:, :3].to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def recolour(pixels: Tensor, draws: Draws) -> Tensor:
-    """Light and colour of whole numbers 0..255 as float (B, H, W, 3) -> uint8, each step rounded down to them.
+    """Light and colour of whole numbers 0..255 as float (B, 3, H, W) -> uint8, each step rounded down to them.
 
-    A step blends with black, with the mean grey of the crop, or with each pixel's grey.
+    A step blends with black, with the mean grey of the crop, or with each pixel's grey. Whole numbers below 2^24 are
+    exact in float32, so that grey and mean are as well.
     """
     amounts = draws.amounts[:, :, None, None, None]
     mean_picks, grey_picks = draws.picks[:, :, :, None, None, None].unbind(2)
     for step in range(amounts.shape[1]):
-        red, green, blue = pixels.int().unbind(-1)
-        grey = (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + 32768) >> 16
-        mean = (grey.sum((1, 2), keepdim=True).double() / grey[0].numel() + 0.5).floor().float()[..., None]
-        towards = mean_picks[:, step] * mean + grey_picks[:, step] * grey.float()[..., None]
+        red, green, blue = pixels.split(1, dim=1)
+        grey = ((LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + 32768) / 65536).floor()
+        mean = (grey.sum((2, 3), keepdim=True, dtype=torch.float64) / grey[0].numel() + 0.5).floor().float()
+        towards = mean_picks[:, step] * mean + grey_picks[:, step] * grey
         pixels = (towards + amounts[:, step] * (pixels - towards)).clamp(0, 255).floor()
     if not draws.curves.shape[1]:
         return pixels.to(torch.uint8)
-    batch, height, width, _ = pixels.shape
-    values = pixels.long().view(batch, -1, 3).transpose(1, 2)
-    return draws.curves.gather(2, values).transpose(1, 2).reshape(batch, height, width, 3)
+    return draws.curves.gather(2, pixels.long().flatten(2)).view(pixels.shape)
 
 
 class StepSampler(Sampler):

@@ -141,7 +141,12 @@ class TrainingCrops(Dataset):
         for material in self._material(keys):
             packed, places = send(material.packed, self.device), send(material.places, self.device)
             draws = Draws(*(send(part, self.device) for part in material.draws))
-            yield crops(packed, places, draws, self.options.crop, self.fill)
+            # On a CPU crop by crop, which then fit its cache: half as long again otherwise.
+            share = 1 if self.device.type == "cpu" else len(places)
+            parts = zip(places.split(share), *(part.split(share) for part in draws), strict=True)
+            cut = [crops(packed, place, Draws(*rest), self.options.crop, self.fill) for place, *rest in parts]
+            images, masks = zip(*cut, strict=True)
+            yield torch.cat(images), torch.cat(masks)
 
     def _material(self, keys: Iterable[list[Key]]) -> Iterator[Material]:
         if self.packed is not None and (self.cache == "device" or self.device.type == "cpu"):
