@@ -123,18 +123,38 @@ def against_the_twin(positions: int, layout: str, rounds: int) -> list[Row]:
     ]
 
 
-def session(threads: int, with_kernel: bool) -> onnxruntime.InferenceSession:
-    """One node encnet::Encoding, run by the kernel or by the function in the file."""
+def tail_nodes() -> list[onnx.NodeProto]:
+    """What follows the Encoding layer in evaluation: BatchNorm over codes, ReLU, mean over codes."""
+    ones = helper.make_tensor("ones", TensorProto.FLOAT, [CODEWORDS], [1.0] * CODEWORDS)
+    zeros = helper.make_tensor("zeros", TensorProto.FLOAT, [CODEWORDS], [0.0] * CODEWORDS)
+    return [
+        helper.make_node("Constant", [], ["ones"], value=ones),
+        helper.make_node("Constant", [], ["zeros"], value=zeros),
+        helper.make_node("BatchNormalization", ["encoded", "ones", "zeros", "zeros", "ones"], ["normed"]),
+        helper.make_node("Relu", ["normed"], ["rectified"]),
+        helper.make_node("Constant", [], ["codes"], value_ints=[1]),
+        helper.make_node("ReduceMean", ["rectified", "codes"], ["scene"], keepdims=0),
+    ]
+
+
+def session(threads: int, with_kernel: bool, with_tail: bool = False) -> onnxruntime.InferenceSession:
+    """One node encnet::Encoding, run by the kernel or by the function in the file, with or without what follows it."""
     float32 = TensorProto.FLOAT
+    output = helper.make_tensor_value_info("encoded", float32, ["B", "K", "D"])
+    if with_tail:
+        output = helper.make_tensor_value_info("scene", float32, ["B", "D"])
     graph = helper.make_graph(
-        [helper.make_node("Encoding", ["x", "codewords", "scale"], ["encoded"], domain=encoding_op.DOMAIN)],
+        [
+            helper.make_node("Encoding", ["x", "codewords", "scale"], ["encoded"], domain=encoding_op.DOMAIN),
+            *(tail_nodes() if with_tail else []),
+        ],
         "encoding",
         [
             helper.make_tensor_value_info("x", float32, ["B", "D", "H", "W"]),
             helper.make_tensor_value_info("codewords", float32, ["K", "D"]),
             helper.make_tensor_value_info("scale", float32, ["K"]),
         ],
-        [helper.make_tensor_value_info("encoded", float32, ["B", "K", "D"])],
+        [output],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", encoding_op.OPSET)], ir_version=9)
     encoding_op.add_function(model)
@@ -156,6 +176,20 @@ def against_the_function_body(positions: int, threads: int, rounds: int) -> Row:
         "positions": positions,
         "threads": threads,
         **in_turns(lambda: ours.run(None, feeds), lambda: theirs.run(None, feeds), rounds),
+    }
+
+
+def with_the_tail(positions: int, rounds: int) -> Row:
+    """The op and the tail after it, where the ratio bounds what a kernel that fuses both could gain."""
+    x, codewords, scale, _ = arguments(positions)
+    feeds = {"x": x.numpy(), "codewords": codewords.numpy(), "scale": scale.numpy()}
+    alone, followed = session(1, True), session(1, True, with_tail=True)
+    return {
+        "against": "op and evaluation tail",
+        "pass": "forward",
+        "positions": positions,
+        "threads": 1,
+        **in_turns(lambda: alone.run(None, feeds), lambda: followed.run(None, feeds), rounds),
     }
 
 
@@ -208,6 +242,7 @@ def main() -> None:
     for threads in (1, 2):
         for positions in options.positions:
             add(against_the_function_body(positions, threads, options.rounds))
+    add(*(with_the_tail(positions, 3 * options.rounds) for positions in options.positions))
     print(f"memory beyond arguments and results: {memory}")
 
     result = {

@@ -36,7 +36,7 @@ def rows_of(path: Path, arguments: argparse.Namespace) -> tuple[float, str, list
     rows = []
     for scale in arguments.scales:
         options = Options(
-            arguments.split, (scale,), False, "whole", "softmax", 480, checkpoint.base_size, 0, arguments.batch
+            arguments.split, (scale,), False, "whole", "softmax", 480, checkpoint.base_size, 0, batch=arguments.batch
         )
         found = totals(evaluate(checkpoint, model, data, options, device))
         rows.append({"scale": scale, **{key: float(found[key]) for key in FIGURES}})

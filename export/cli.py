@@ -2,17 +2,21 @@
 
 import argparse
 import dataclasses
+import io
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx.checker import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from export import parity
+from export import parity, triton
 from export.compact import store_weights_in_half
 from export.core import core_model
 from export.errors import ExportError, ParityError
@@ -34,6 +38,7 @@ examples:
   python -m export runs/final.pt --output street-half.onnx --fp16
   python -m export encnet_resnet50s_ade.pth --output ade.onnx --classes ade20k/classes.json --reference-positions 3600
   python -m export runs/final.pt --output street.onnx --scales 0.5,0.75,1,1.25 --flip
+  python -m export street.onnx --triton-repository models
 
 The exit code is 0 when the file is written, 1 when ONNX Runtime and PyTorch disagree, 2 for input that cannot be
 exported. No file is left behind in the latter two cases, and one that was there before stays as it was.
@@ -48,9 +53,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     root.add_argument(
-        "checkpoint", type=Path, help="a checkpoint of this project, of PyTorch-Encoding or of mmsegmentation"
+        "checkpoint",
+        type=Path,
+        help="a checkpoint of this project, of PyTorch-Encoding or of mmsegmentation; "
+        "for --triton-repository also an .onnx file that this command wrote",
     )
-    root.add_argument("--output", type=Path, required=True, metavar="FILE.onnx", help="the file to write")
+    root.add_argument("--output", type=Path, metavar="FILE.onnx", help="the file to write")
     root.add_argument("--core", action="store_true", help="the network alone, without resizing and merging of views")
     precision = root.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="convolutions in float16: a file of half the size")
@@ -78,6 +86,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="scale the scene encoding as if every picture had N feature positions, those of a training crop "
         "(480x480 pixels at stride 8: 3600); 0 for the plain sum",
+    )
+    repository = root.add_argument_group("for Triton, instead of --output or beside it")
+    repository.add_argument(
+        "--triton-repository",
+        type=Path,
+        metavar="DIR",
+        help="put the model into this repository; where it has one of that name already, as its next version",
+    )
+    repository.add_argument(
+        "--triton-mount",
+        metavar="PATH",
+        help="where Triton finds DIR, as in /models: then the compiled Encoding kernel goes along, named in the "
+        "configuration by its full path; without, the same is computed by the body in the file",
     )
     return root
 
@@ -108,6 +129,23 @@ def check_output(path: Path) -> None:
         raise ExportError(f"--output {path}: the folder {path.parent} does not exist")
 
 
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ExportError for options that do not go together, and for places where nothing can be written."""
+    if arguments.output is None and arguments.triton_repository is None:
+        raise ExportError("nothing to write: name a file with --output, or a repository with --triton-repository")
+    if arguments.output is not None:
+        check_output(arguments.output)
+    if arguments.triton_repository is None:
+        if arguments.triton_mount is not None:
+            raise ExportError("--triton-mount says where Triton finds the folder of --triton-repository; name that too")
+        return
+    triton.check_repository(arguments.triton_repository)
+    if arguments.core:
+        raise ExportError("a repository is made from the whole graph; leave out --core or --triton-repository")
+    if arguments.triton_mount is not None and not arguments.triton_mount.startswith("/"):
+        raise ExportError(f"--triton-mount {arguments.triton_mount}: Triton needs a full path, as in /models")
+
+
 def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Checkpoint:
     """The checkpoint with what the command line says differently.
 
@@ -126,9 +164,48 @@ def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Check
     return dataclasses.replace(checkpoint, **changes)
 
 
+FROM_A_CHECKPOINT = ("output", "fp16", "compact", "classes", "base_size", "scales", "flip", "reference_positions")
+
+
+def read_exported(arguments: argparse.Namespace) -> onnx.ModelProto:
+    """The .onnx file that stands in the place of a checkpoint.
+
+    Raises ExportError for options that only a checkpoint has, and for a file that is no ONNX model.
+    """
+    source = arguments.checkpoint
+    left_out = parser().parse_args([str(source)])
+    given = [name for name in FROM_A_CHECKPOINT if getattr(arguments, name) != getattr(left_out, name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ExportError(f"{source} is exported already: {options} can only be had from its checkpoint")
+    try:
+        return onnx.load(source)
+    except DecodeError as error:
+        raise ExportError(f"{source}: is no ONNX file") from error
+
+
 def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None:
-    """Export, compare, and only then give the file its name; `notes` takes progress."""
-    check_output(arguments.output)
+    """Export what is asked for; `notes` takes progress."""
+    check_arguments(arguments)
+    if arguments.checkpoint.suffix == ".onnx":
+        whole = read_exported(arguments)
+        name = arguments.name
+    else:
+        whole = export_checkpoint(arguments, console, notes)
+        name = None
+    if arguments.triton_repository is None:
+        return
+    with notes.status("comparing the graph for Triton with the whole graph"):
+        written = triton.write(
+            whole, arguments.checkpoint, arguments.triton_repository, name=name, mount=arguments.triton_mount
+        )
+    said = "written" if written.new else "there already, the same graph"
+    kept = "; config.pbtxt is kept as it was" if written.config_kept else ""
+    console.print(f"{written.version}: {said}{kept}", markup=False, soft_wrap=True)
+
+
+def export_checkpoint(arguments: argparse.Namespace, console: Console, notes: Console) -> onnx.ModelProto:
+    """Translate the checkpoint, compare, and only then give the file its name, if there is to be one."""
     with notes.status("reading the checkpoint") as status:
         checkpoint = with_options(load_checkpoint(arguments.checkpoint), arguments)
         network = build_model(checkpoint)
@@ -156,7 +233,10 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
         status.update("comparing ONNX Runtime with PyTorch")
         tolerance = parity.FLOAT16 if arguments.fp16 or arguments.compact else parity.FLOAT32
         data = model.SerializeToString()
-        with replacing(arguments.output) as file:
+        target: AbstractContextManager[BinaryIO] = (
+            replacing(arguments.output) if arguments.output else nullcontext(io.BytesIO())
+        )
+        with target as file:
             file.write(data)
             file.flush()
             comparisons = parity.compare_core(core.SerializeToString(), network, checkpoint, tolerance)
@@ -167,10 +247,12 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
     worst = max(error for comparison in comparisons for error in comparison.errors.values())
     equal = min(comparison.equal_labels for comparison in comparisons)
     console.print(
-        f"{arguments.output}: {len(data) / 1e6:.1f} MB, largest error {worst:.2g}, at least {equal:.3%} equal labels",
+        f"{arguments.output or arguments.checkpoint}: {len(data) / 1e6:.1f} MB, largest error {worst:.2g}, "
+        f"at least {equal:.3%} equal labels",
         markup=False,
         soft_wrap=True,
     )
+    return model
 
 
 def table(comparisons: Sequence[parity.Comparison]) -> Table:

@@ -82,13 +82,18 @@ def picture(case: Case) -> torch.Tensor:
     return (255 * (0.9 * blobs + 0.1 * grain)).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def session(model: bytes) -> onnxruntime.InferenceSession:
-    """The model on the CPU of a stock ONNX Runtime."""
+def session_options() -> onnxruntime.SessionOptions:
+    """Errors only, and as many threads as PyTorch has."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return options
+
+
+def session(model: bytes) -> onnxruntime.InferenceSession:
+    """The model on the CPU of a stock ONNX Runtime."""
+    return onnxruntime.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"])
 
 
 def compare_core(

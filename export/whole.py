@@ -14,6 +14,8 @@ PLACEHOLDER = "Network"
 # uint8 pictures in, label map out. Each step of the loop over the scales sees the pictures at one size, and, with
 # `flip`, their mirror images behind them on the batch axis; the inner loop over the one or two halves of the batch adds
 # each half's softmax to the running mean, so that only one half's probabilities are held at the pictures' own size.
+# The softmax is spelt out: ONNX Runtime's own, over an axis that is not the last, turns the tensor there and back,
+# which on a CPU takes as long as a small network does.
 # Element types in Cast: 1 float32, 7 int64, 11 float64; the views' sizes are computed in float64, as the twin does.
 GRAPH = """
 <ir_version: 10, opset_import: ["" : {opset}, "encnet" : 1]>
@@ -100,8 +102,12 @@ encnet_whole (uint8[N,H,W,3] image, float[S] scales, bool flip)
 
             upsampled = Resize <mode = "linear", coordinate_transformation_mode = "{coordinates}", axes = [2, 3]>
                 (side_logits, , , size)
-            softmax = Softmax <axis = 1> (upsampled)
-            share = Mul (softmax, weight)
+            highest = ReduceMax <keepdims = 1> (upsampled, ones)
+            lowered = Sub (upsampled, highest)
+            raised = Exp (lowered)
+            total = ReduceSum <keepdims = 1> (raised, ones)
+            total_of_views = Mul (total, view_count_float)
+            share = Div (raised, total_of_views)
             side_after = Add (side_before, share)
         }}>
 

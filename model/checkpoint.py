@@ -255,6 +255,16 @@ def check_weights(
     """
     with torch.device("meta"):
         expected = EncNet(config).state_dict()
+    check_state(expected, weights, unknown, name)
+
+
+def check_state(
+    expected: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    unknown: Iterable[str] = (),
+    name: Callable[[str], str] = str,
+) -> None:
+    """Raise ValueError unless the weights are exactly the expected ones by key and shape, and finite; see above."""
     missing = [name(key) for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
     left_over = [*unknown, *(name(key) for key in weights if key not in expected)]
     fitting = {key: value for key, value in weights.items() if key in expected}

@@ -1,50 +1,50 @@
-"""Data sets on disk: the project's own folder layout, and CamVid as the SegNet tutorial lays it out."""
+"""Data sets on disk, whatever their layout: open a split, read its pairs, check them."""
 
-import json
-from collections.abc import Iterator
+import dataclasses
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-from PIL import Image, UnidentifiedImageError
 
-from model.losses import IGNORE
+from model.layouts import layout_of
+from model.layouts.split import DataError, LabelRule, read_classes, read_image
+
+__all__ = [
+    "SPLITS",
+    "DataError",
+    "SegmentationData",
+    "leave_out",
+    "open_dataset",
+    "problems",
+    "read_classes",
+    "repeats",
+]
 
 SPLITS = ("train", "val", "test")
-CAMVID_VOID = 11
-CAMVID_CLASSES = (
-    ("sky", (128, 128, 128)),
-    ("building", (128, 0, 0)),
-    ("pole", (192, 192, 128)),
-    ("road", (128, 64, 128)),
-    ("pavement", (60, 40, 222)),
-    ("tree", (128, 128, 0)),
-    ("sign_symbol", (192, 128, 128)),
-    ("fence", (64, 64, 128)),
-    ("car", (64, 0, 128)),
-    ("pedestrian", (64, 64, 0)),
-    ("bicyclist", (0, 128, 192)),
-)
-
-
-class DataError(ValueError):
-    """A data set that breaks a rule; the message names the file and the rule."""
 
 
 @dataclass(frozen=True)
 class SegmentationData:
     """One split: pictures and label maps by path, read on demand.
 
-    ids: what to call each picture; pairs: (picture, label) paths; void: a raw label that means "ignore" besides 255.
+    layout: the name of its layout; ids: what to call each picture; pairs: (picture, label) paths; rule and read_label:
+    see model/layouts/split.py.
     """
 
     root: Path
     split: str
+    layout: str
     classes: list[str]
     palette: list[list[int]]
     ids: list[str]
     pairs: list[tuple[Path, Path]]
-    void: int = IGNORE
+    rule: LabelRule
+    read_label: Callable[[Path], numpy.ndarray]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -55,39 +55,22 @@ class SegmentationData:
         Raises DataError when either file is missing, unreadable, of another size, or has labels out of range.
         """
         image_path, label_path = self.pairs[index]
-        image = _read(image_path, "picture").convert("RGB")
-        label = _read(label_path, "label map")
-        if label.mode not in ("L", "P", "1", "I", "I;16"):
-            raise DataError(f"{label_path}: a label map must have one channel, this one is {label.mode}")
-        if label.size != image.size:
+        image = read_image(image_path, "picture").convert("RGB")
+        raw = self.read_label(label_path)
+        height, width = raw.shape
+        if (width, height) != image.size:
             raise DataError(
                 f"{label_path}: a label map must have its picture's size, "
-                f"{image.width}x{image.height}, this one is {label.width}x{label.height}"
+                f"{image.width}x{image.height}, this one is {width}x{height}"
             )
-        raw = numpy.asarray(label).astype(numpy.int32)
-        raw = numpy.where(raw == self.void, IGNORE, raw)
-        wrong = numpy.unique(raw[((raw < 0) | (raw >= len(self.classes))) & (raw != IGNORE)])
-        if len(wrong):
-            raise DataError(
-                f"{label_path}: labels must be 0..{len(self.classes) - 1} or {IGNORE} (ignore), "
-                f"found {', '.join(str(value) for value in wrong[:10])}"
-            )
-        return numpy.array(image), raw.astype(numpy.uint8)
+        try:
+            return numpy.array(image), self.rule(raw)
+        except DataError as error:
+            raise DataError(f"{label_path}: {error}") from error
 
 
-def _read(path: Path, kind: str) -> Image.Image:
-    if not path.is_file():
-        raise DataError(f"{path}: no such {kind}")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: not a readable {kind}: {error}") from error
-
-
-def open_dataset(root: Path, split: str) -> SegmentationData:
-    """Recognise the layout under `root` and list one split of it.
+def open_dataset(root: Path, split: str, layout: str = "") -> SegmentationData:
+    """List one split of the data set under `root`, whose layout is recognised where it is not named.
 
     Raises DataError when the folder, its classes or the split are missing, naming what was looked for.
     """
@@ -95,80 +78,50 @@ def open_dataset(root: Path, split: str) -> SegmentationData:
         raise DataError(f"{root}: no such data folder")
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; splits are {', '.join(SPLITS)}")
-    if (root / "classes.json").is_file():
-        return _open_folder(root, split)
-    if (root / f"{split}annot").is_dir() or (root / "trainannot").is_dir():
-        return _open_camvid_tutorial(root, split)
-    raise DataError(
-        f"{root}: not a data set; expected classes.json with images/, labels/ and splits/, "
-        "or the CamVid tutorial's train.txt, train/ and trainannot/"
+    chosen = layout_of(root, layout)
+    listed = chosen.list_split(root, split)
+    return SegmentationData(root, split, chosen.name, **vars(listed))
+
+
+def leave_out(data: SegmentationData, ids: Sequence[str]) -> SegmentationData:
+    """The same split without these pictures. Raises DataError for an ID that it does not have."""
+    unknown = [identifier for identifier in ids if identifier not in data.ids]
+    if unknown:
+        raise DataError(f"{data.root}: the {data.split} split has no picture {', '.join(unknown)}")
+    kept = [index for index, identifier in enumerate(data.ids) if identifier not in ids]
+    return dataclasses.replace(
+        data, ids=[data.ids[index] for index in kept], pairs=[data.pairs[index] for index in kept]
     )
 
 
-def read_classes(path: Path) -> tuple[list[str], list[list[int]]]:
-    """Names and colours from a classes.json: {"classes": [{"id": 0, "name": "sky", "color": [128, 128, 128]}, ...]}.
-
-    Raises DataError when it is not such a file or the ids are not 0..C-1.
-    """
-    try:
-        entries = sorted(json.loads(path.read_text(encoding="utf-8"))["classes"], key=lambda entry: entry["id"])
-        names = [str(entry["name"]) for entry in entries]
-        palette = [[int(value) for value in entry["color"]] for entry in entries]
-        ids = [entry["id"] for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{path}: expected {{"classes": [{{"id", "name", "color"}}, ...]}}: {error!r}') from error
-    if ids != list(range(len(ids))) or not ids:
-        raise DataError(f"{path}: class ids must be 0, 1, 2, ... without gaps, found {ids[:20]}")
-    if len(ids) > IGNORE:
-        raise DataError(f"{path}: at most {IGNORE} classes fit a label map whose 255 means ignore, found {len(ids)}")
-    if any(len(colour) != 3 or not all(0 <= value <= 255 for value in colour) for colour in palette):
-        raise DataError(f"{path}: a color must be three numbers in 0..255")
-    return names, palette
-
-
-def _open_folder(root: Path, split: str) -> SegmentationData:
-    classes, palette = read_classes(root / "classes.json")
-    listing = root / "splits" / f"{split}.txt"
-    if not listing.is_file():
-        raise DataError(f"{listing}: no such split file (one picture ID per line)")
-    ids = listing.read_text(encoding="utf-8").split()
-    if not ids:
-        raise DataError(f"{listing}: the split is empty")
-    pairs = []
-    for identifier in ids:
-        candidates = [root / "images" / f"{identifier}{suffix}" for suffix in (".jpg", ".png", ".jpeg")]
-        picture = next((path for path in candidates if path.is_file()), candidates[0])
-        pairs.append((picture, root / "labels" / f"{identifier}.png"))
-    return SegmentationData(root, split, classes, palette, ids, pairs)
-
-
-def _open_camvid_tutorial(root: Path, split: str) -> SegmentationData:
-    """`train.txt` lists "picture label" by paths of the tutorial's author; what counts is their last two parts."""
-    listing = root / f"{split}.txt"
-    if not listing.is_file():
-        raise DataError(f'{listing}: no such split file ("picture label" per line)')
-    pairs = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
-        fields = line.split()
-        if not fields:
-            continue
-        if len(fields) != 2:
-            raise DataError(f'{listing}: line {number} must be "picture label", found {line!r}')
-        picture, label = (root.joinpath(*Path(field).parts[-2:]) for field in fields)
-        pairs.append((picture, label))
-    if not pairs:
-        raise DataError(f"{listing}: the split is empty")
-    names = [name for name, _ in CAMVID_CLASSES]
-    palette = [list(colour) for _, colour in CAMVID_CLASSES]
-    return SegmentationData(root, split, names, palette, [p.stem for p, _ in pairs], pairs, void=CAMVID_VOID)
-
-
 def problems(data: SegmentationData) -> Iterator[str | None]:
-    """Read every pair; yields per pair None or the sentence saying which file breaks which rule."""
-    for index in range(len(data)):
+    """Read every pair; yields per pair, in order, None or the sentence saying which file breaks which rule."""
+
+    def problem(index: int) -> str | None:
         try:
             data.load(index)
         except DataError as error:
-            yield str(error)
-        else:
-            yield None
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(problem, range(len(data)))
+
+
+def repeats(splits: Sequence[SegmentationData]) -> list[str]:
+    """A sentence for every picture file that is, byte for byte, one of an earlier split in the sequence."""
+    by_size = defaultdict(list)
+    for data in splits:
+        for identifier, (picture, _) in zip(data.ids, data.pairs, strict=True):
+            if picture.is_file():
+                by_size[picture.stat().st_size].append((data.split, identifier, picture))
+    sentences = []
+    for group in by_size.values():
+        if len({split for split, _, _ in group}) < 2:
+            continue
+        seen: dict[bytes, tuple[str, str]] = {}
+        for split, identifier, picture in group:
+            first = seen.setdefault(hashlib.sha256(picture.read_bytes()).digest(), (split, identifier))
+            if first[0] != split:
+                sentences.append(f"{split} picture {identifier} is {first[0]} picture {first[1]}, byte for byte")
+    return sorted(sentences)

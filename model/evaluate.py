@@ -20,11 +20,12 @@ from rich.text import Text
 
 from model.arguments import positive_numbers
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, library_versions, load_checkpoint
-from model.data import SPLITS, DataError, SegmentationData, open_dataset
+from model.data import SPLITS, DataError, SegmentationData, leave_out, open_dataset
 from model.encnet import EncNet
 from model.figures import Sample, contact_sheet
 from model.files import replacing
 from model.foreign import listing
+from model.layouts import LAYOUTS
 from model.losses import presence_targets
 from model.metrics import (
     average_precision,
@@ -65,7 +66,7 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What is computed; base_size and crop in pixels, limit in pictures (0: all of the split).
+    """What is computed; base_size and crop in pixels, limit in pictures (0: all of the split), without: their IDs.
 
     batch: most pictures of one size to run together, under the protocol "whole"; precision: "fp32" or "bf16".
     """
@@ -78,6 +79,7 @@ class Options:
     crop: int
     base_size: int
     limit: int
+    without: tuple[str, ...] = ()
     batch: int = 1
     precision: str = "fp32"
 
@@ -230,7 +232,7 @@ def report(
             "step": checkpoint.step,
             "config": checkpoint.config.to_dict(),
         },
-        "data": {"folder": data.root.resolve().name, "pictures_in_split": len(data)},
+        "data": {"folder": data.root.resolve().name, "layout": data.layout, "pictures_in_split": len(data)},
         "options": {**dataclasses.asdict(options), "device": str(device), "presence_threshold": PRESENCE_THRESHOLD},
         "versions": library_versions(),
         "totals": totals(evaluation),
@@ -283,6 +285,20 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
     root.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
+    root.add_argument(
+        "--layout",
+        choices=list(LAYOUTS),
+        default="",
+        metavar="NAME",
+        help=f"how the data set lies on disk: {', '.join(LAYOUTS)} (default: recognised)",
+    )
+    root.add_argument(
+        "--without",
+        type=_identifiers,
+        default=(),
+        metavar="ID,ID,...",
+        help="pictures to leave out, such as those that --check-data of model.train finds in the train split too",
+    )
     root.add_argument(
         "--scales",
         type=positive_numbers,
@@ -342,6 +358,10 @@ def _whole_number(text: str, least: int, unit: str) -> int:
     return int(text)
 
 
+def _identifiers(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _pixels(text: str) -> int:
     return _whole_number(text, 8, "pixels")
 
@@ -369,7 +389,7 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
         raise EvaluationError("--merge exp_sum and --crop need --protocol windows")
     device = choose_device(arguments.device)
     checkpoint = load_checkpoint(arguments.checkpoint)
-    data = open_dataset(arguments.data, arguments.split)
+    data = leave_out(open_dataset(arguments.data, arguments.split, arguments.layout), arguments.without)
     if checkpoint.source == FORMAT and len(checkpoint.classes) == len(data.classes):
         pairs = zip(checkpoint.classes, data.classes, strict=True)
         differing = [f"{ours} / {theirs}" for ours, theirs in pairs if ours != theirs]
@@ -385,6 +405,7 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
         arguments.crop or 480,
         arguments.base_size or checkpoint.base_size,
         arguments.limit,
+        arguments.without,
         arguments.batch,
         arguments.precision,
     )

@@ -48,12 +48,7 @@ def read_foreign(document: Mapping[str, Any]) -> Foreign:
     source = recognise(state)
     if source == PYTORCH_ENCODING:  # the ImageNet classifier, which segmentation does not use
         state = {key: value for key, value in state.items() if not key.startswith("pretrained.fc.")}
-    pooled = [key for key in state if re.search(r"layer\d\.\d+\.downsample\.2\.", key)]
-    if pooled:
-        raise ValueError(
-            "shortcuts with average pooling (resnet50d, ResNetV1d) are not supported; left-over keys: "
-            + listing(pooled)
-        )
+    refuse_pooled_shortcuts(state)
     table = renaming(source, deep_stem="backbone.stem.0.weight" in state)
     renamed = {key: rename(key, table) for key in state}
     unknown = [theirs for theirs, ours in renamed.items() if ours is None]
@@ -85,6 +80,16 @@ def unwrap(document: Mapping[str, Any]) -> dict[str, Tensor]:
     if others:
         raise ValueError(f"not a state dict: no tensors under {listing(others)}")
     return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def refuse_pooled_shortcuts(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a ResNet's shortcuts have average pooling before their convolution."""
+    pooled = [key for key in state if re.search(r"layer\d\.\d+\.downsample\.2\.", key)]
+    if pooled:
+        raise ValueError(
+            "shortcuts with average pooling (resnet50d, ResNetV1d) are not supported; left-over keys: "
+            + listing(pooled)
+        )
 
 
 def recognise(state: Mapping[str, Tensor]) -> str:
@@ -173,7 +178,7 @@ def infer_config(weights: Mapping[str, Tensor], align_corners: bool) -> ModelCon
     """
     return ModelConfig(
         num_classes=weights["head.classifier.weight"].shape[0],
-        backbone=_backbone(weights),
+        backbone=backbone_name(weights),
         output_stride=8,
         channels=weights["head.bottleneck.conv.weight"].shape[0],
         codewords=weights["head.context.encoding.codewords"].shape[0],
@@ -183,7 +188,8 @@ def infer_config(weights: Mapping[str, Tensor], align_corners: bool) -> ModelCon
     )
 
 
-def _backbone(weights: Mapping[str, Tensor]) -> str:
+def backbone_name(weights: Mapping[str, Tensor]) -> str:
+    """Which of `model.config.BACKBONES` has these weights (by our keys); ValueError where it is none of them."""
     block: type[BasicBlock] | type[Bottleneck] = BasicBlock
     if "backbone.layer1.0.conv3.weight" in weights:
         block = Bottleneck

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
+from model.fine_tuning import PARTS, part_names
 
 
 class RecipeError(ValueError):
@@ -25,6 +26,7 @@ class Recipe:
     name: str = option("encnet", "name the model travels under")
     licence: str = option("", "licence note that travels with the weights")
     description: str = option("", "one sentence that travels with the weights")
+    layout: str = option("", "how the data set lies on disk (README, Data sets); empty: recognised")
 
     backbone: str = option("resnet50s", "resnet{18,34,50,101} + '' (7x7 stem), 's' (64-64-128) or 'c' (32-32-64)")
     output_stride: int = option(8, "8 or 16, pixels per feature position")
@@ -55,6 +57,9 @@ class Recipe:
     optimizer: str = option("sgd", "sgd or adamw")
     learning_rate: float = option(0.01, "at the end of the warm-up")
     head_rate: float = option(10.0, "multiplies the learning rate of everything but the backbone")
+    layer_decay: float = option(1.0, "a backbone part's rate over that of the next part; stage4 has learning_rate")
+    freeze: str = option("", "backbone parts that do not learn: some of stem,stage1,stage2,stage3,stage4")
+    unfreeze_every: int = option(0, "epochs until one more backbone part learns, stage4 first; 0: all from the start")
     momentum: float = option(0.9, "of sgd; adamw keeps its betas (0.9, 0.999)")
     weight_decay: float = option(1e-4, "on every parameter, decoupled with adamw")
     schedule: str = option("poly", "poly or cosine, per step, to 0")
@@ -97,6 +102,11 @@ class Recipe:
                 (0 <= getattr(self, key) < 1, f"{key} must be in [0, 1), got {getattr(self, key)}")
                 for key in ("jitter", "white_balance", "label_smoothing")
             ),
+            (0 < self.layer_decay <= 1, f"layer_decay must be in (0, 1], got {self.layer_decay}"),
+            (
+                set(part_names(self.freeze)) <= set(PARTS),
+                f"freeze must name parts out of {', '.join(PARTS)}, separated by commas, got {self.freeze!r}",
+            ),
             (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
             *(
                 (getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
@@ -113,7 +123,7 @@ class Recipe:
             ),
             *(
                 (getattr(self, key) >= 0, f"{key} must not be negative, got {getattr(self, key)}")
-                for key in ("warmup", "clip", "workers", "weight_decay", "rotation", "gamma", "seed")
+                for key in ("warmup", "clip", "workers", "weight_decay", "rotation", "gamma", "seed", "unfreeze_every")
             ),
         )
         broken = [message for holds, message in rules if not holds]
@@ -128,8 +138,8 @@ class Recipe:
             raise RecipeError(str(error)) from error
 
 
-def read_recipe(path: Path | None, words: list[str]) -> dict[str, Any]:
-    """The options that a TOML file and key=value words set; words win. Raises RecipeError."""
+def read_recipe(path: Path | None, words: list[str], kind: type = Recipe) -> dict[str, Any]:
+    """The options of that kind of recipe which a TOML file and key=value words set; words win. Raises RecipeError."""
     values: dict[str, Any] = {}
     if path is not None:
         try:
@@ -141,7 +151,17 @@ def read_recipe(path: Path | None, words: list[str]) -> dict[str, Any]:
         if not equals:
             raise RecipeError(f"{word!r}: options are given as key=value, for example epochs=50")
         values[key] = _literal(text)
-    return {key: _checked(key, value) for key, value in values.items()}
+    return {key: _checked(key, value, kind) for key, value in values.items()}
+
+
+def continued(kind: type, stored: dict[str, Any], given: dict[str, Any], bookkeeping: set[str]) -> Any:
+    """The recipe of that kind a run was started with. Options given again must agree, but for those of bookkeeping."""
+    values = {field.name: field.default for field in dataclasses.fields(kind)} | stored
+    differing = {key for key, value in given.items() if values[key] != value} - bookkeeping
+    if differing:
+        listed = ", ".join(f"{key}={values[key]} (given {given[key]})" for key in sorted(differing))
+        raise RecipeError(f"--resume continues the run as it was started; it has {listed}")
+    return kind(**stored | {key: value for key, value in given.items() if key in bookkeeping})
 
 
 def _literal(text: str) -> Any:
@@ -153,8 +173,8 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _checked(key: str, value: Any) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+def _checked(key: str, value: Any, kind: type) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     if key not in fields:
         raise RecipeError(f"unknown option {key!r}; known: {', '.join(fields)}")
     wanted = type(fields[key].default)
@@ -165,9 +185,8 @@ def _checked(key: str, value: Any) -> Any:
     return value
 
 
-def options_table() -> str:
+def options_table(kind: type = Recipe) -> str:
     """One line an option: name, default, meaning."""
     return "\n".join(
-        f"  {field.name + '=' + str(field.default):<28} {field.metadata['help']}"
-        for field in dataclasses.fields(Recipe)
+        f"  {field.name + '=' + str(field.default):<28} {field.metadata['help']}" for field in dataclasses.fields(kind)
     )

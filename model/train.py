@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -32,18 +32,22 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from model import evaluate as evaluation
 from model import sync_batchnorm
 from model.augment import Augmentation, StepSampler
+from model.backbone_weights import BackboneWeights, read_backbone_weights
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from model.curves import write_curves
-from model.data import DataError, open_dataset, problems
+from model.data import DataError, open_dataset, problems, repeats
 from model.encnet import EncNet
 from model.evaluate import Evaluation, Options, evaluate
 from model.figures import sample_row
+from model.fine_tuning import frozen_parts, hold, parameter_groups
+from model.foreign import listing
 from model.losses import Losses, encnet_loss
 from model.metrics import mean_iou, pixel_accuracy
 from model.pictures import TrainingCrops, in_memory
 from model.predict import normalise
 from model.processes import group_id, init_process_group, restarted
-from model.recipe import Recipe, RecipeError, options_table, read_recipe
+from model.progress import training_progress
+from model.recipe import Recipe, RecipeError, continued, options_table, read_recipe
 
 BOOKKEEPING = {"cache", "workers", "log_every", "save_every", "evaluate_every"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,14 +65,7 @@ def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def make_optimizer(model: EncNet, recipe: Recipe) -> torch.optim.Optimizer:
-    backbone = set(model.backbone.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": list(model.backbone.parameters()), "base_rate": recipe.learning_rate},
-        {
-            "params": [p for p in model.parameters() if p not in backbone],
-            "base_rate": recipe.learning_rate * recipe.head_rate,
-        },
-    ]
+    groups = parameter_groups(model, recipe.learning_rate, recipe.layer_decay, recipe.head_rate, recipe.unfreeze_every)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.SGD(
@@ -100,13 +97,15 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 def validate(run: "Run") -> Evaluation:
     """The weights worth serving on the validation split, whole pictures at a single scale."""
     recipe = run.recipe
-    batch, half = recipe.batch // recipe.accumulate, "bf16" if recipe.precision != "fp32" else "fp32"
-    options = Options("val", (1.0,), False, "whole", "softmax", recipe.crop, recipe.base_size, 0, batch, half)
+    batch, precision = recipe.batch // recipe.accumulate, "bf16" if recipe.precision != "fp32" else "fp32"
+    options = Options(
+        "val", (1.0,), False, "whole", "softmax", recipe.crop, recipe.base_size, 0, batch=batch, precision=precision
+    )
     run.average.eval()
     try:
         return evaluate(run.checkpoint(), run.average, run.validation, options, run.device)
     finally:
-        run.network.train()
+        run.training_mode()
 
 
 class Run:
@@ -128,8 +127,8 @@ class Run:
         if self.processes > 1 and not dist.is_initialized():
             init_process_group("nccl" if cuda else "gloo")
 
-        self.validation = open_dataset(data, "val")
-        train = open_dataset(data, "train")
+        self.validation = open_dataset(data, "val", recipe.layout)
+        train = open_dataset(data, "train", recipe.layout)
         fill = tuple(round(255 * value) for value in IMAGENET_MEAN)
         options = Augmentation(
             recipe.crop,
@@ -156,11 +155,12 @@ class Run:
         memory = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.network = EncNet(recipe.model_config(len(train.classes))).to(self.device, memory_format=memory)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.network).eval() if recipe.ema else self.network
+        self.frozen: list[str] = []
         self.objective = encnet_loss
         self.model: nn.Module = self.network
         if self.processes > 1:
             self.network = sync_batchnorm.convert(self.network)  # type: ignore[assignment]
-            self.model = DistributedDataParallel(self.network, device_ids=[self.device.index] if cuda else None)
+            self.model = self.parallel()
         if recipe.compile:
             self.network.compile()
             if self.processes == 1:  # with several, the loss talks to the others
@@ -172,6 +172,11 @@ class Run:
         self.step, self.best = 0, 0.0
         self.curves: dict[str, list[dict[str, float]]] = {"training": [], "validation": []}
         torch.manual_seed(recipe.seed + 1 + self.rank)
+
+    def parallel(self) -> nn.Module:
+        return DistributedDataParallel(
+            self.network, device_ids=[self.device.index] if self.device.type == "cuda" else None
+        )
 
     def checkpoint(self, training: dict[str, Any] | None = None) -> Checkpoint:
         """The weights worth serving (averaged if the recipe averages) as a checkpoint."""
@@ -219,6 +224,14 @@ class Run:
         self.network.load_state_dict(checkpoint.weights)
         self.average.load_state_dict(checkpoint.weights)
 
+    def take_backbone(self, found: BackboneWeights) -> None:
+        """Start from these weights of the backbone instead of random ones."""
+        self.network.backbone.load_state_dict(found.weights)
+        self.average.backbone.load_state_dict(found.weights)
+        if self.rank == 0:
+            left_out = f", without {listing(found.left_out, 4)}" if found.left_out else ""
+            self.console.print(f"the backbone starts from weights of a {found.backbone}{left_out}", highlight=False)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         training = checkpoint.training
         if training is None:
@@ -242,11 +255,31 @@ class Run:
         if self.rank == 0:
             self.console.print(f"continuing at step {self.step} of {self.steps}", highlight=False)
 
+    def training_mode(self) -> None:
+        """Everything learns but the frozen parts of the backbone."""
+        self.network.train()
+        hold(self.network.backbone, self.frozen)
+
+    def freeze(self) -> None:
+        """Freeze what the recipe keeps in the epoch at hand; every process must call it."""
+        epoch = self.step // self.steps_per_epoch
+        frozen = frozen_parts(self.recipe.freeze, self.recipe.unfreeze_every, epoch)
+        if frozen == self.frozen:
+            return
+        self.frozen = frozen
+        self.training_mode()
+        if self.processes > 1:  # DDP averages the gradients that there were when it was made
+            self.model = self.parallel()
+        if self.rank == 0:
+            text = f"frozen are {', '.join(frozen)}" if frozen else "all of the backbone is trained"
+            self.console.print(f"epoch {epoch + 1}: {text}", highlight=False)
+
     def train_step(self, images: Tensor, masks: Tensor) -> Losses:
         """One optimizer step on uint8 (B, 3, H, W) and (B, H, W) on the device, in `accumulate` parts.
 
         Returns the losses of this process's crops; nothing here waits for a GPU.
         """
+        self.freeze()
         factor = learning_rate_factor(self.step, self.steps, self.recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_rate"] * factor
@@ -318,18 +351,8 @@ def train(run: Run, until: float = math.inf) -> bool:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run.out / "events"), purge_step=run.step)
-    progress = Progress(
-        TextColumn("epoch {task.fields[epoch]}/" + str(recipe.epochs)),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.1f} crops/s"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=run.console,
-        disable=not first or not run.console.is_terminal,
-    )
-    run.network.train()
-    with progress:
+    run.training_mode()
+    with training_progress(run.console, recipe.epochs, "crops", first and run.console.is_terminal) as progress:
         bar = progress.add_task("", total=run.steps, completed=run.step, epoch=0, loss=math.nan, rate=0.0)
         since, since_step = time.monotonic(), run.step
         for images, masks in run.crops.batches(sampler):
@@ -399,19 +422,20 @@ def report(run: Run, data: Path) -> None:
     """The final weights' evaluation on the validation split, in final.evaluation/."""
     precision = "bf16" if run.recipe.precision != "fp32" else "fp32"
     words = ["--split", "val", "--device", str(run.device), "--batch", str(run.recipe.batch), "--precision", precision]
+    words += ["--layout", run.recipe.layout] if run.recipe.layout else []
     arguments = evaluation.parser().parse_args([str(run.out / "final.pt"), "--data", str(data), *words])
     evaluation.run(arguments, run.console, run.console)
 
 
-def check_data(root: Path, console: Console) -> int:
+def check_data(root: Path, console: Console, layout: str) -> int:
     """Read every pair of every split that exists; print what is wrong; the number of broken pairs.
 
-    The train and val splits must exist; test may be absent.
+    The train and val splits must exist; test may be absent. A picture that is in two splits is told, and not broken.
     """
-    broken = 0
+    broken, splits = 0, []
     for split in ("train", "val", "test"):
         try:
-            data = open_dataset(root, split)
+            data = open_dataset(root, split, layout)
         except DataError as error:
             if split == "test":
                 continue
@@ -422,7 +446,10 @@ def check_data(root: Path, console: Console) -> int:
                 if problem:
                     broken += 1
                     console.print(problem, highlight=False, soft_wrap=True)
-        console.print(f"{split}: {len(data)} pictures, {len(data.classes)} classes", highlight=False)
+        console.print(f"{split}: {len(data)} pictures, {len(data.classes)} classes ({data.layout})", highlight=False)
+        splits.append(data)
+    for sentence in repeats(splits):
+        console.print(f"note: {sentence}", highlight=False, soft_wrap=True)
     return broken
 
 
@@ -441,6 +468,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (made if absent)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe file (TOML)")
     parser.add_argument("--initial", type=Path, metavar="FILE", help="checkpoint whose weights the run starts from")
+    parser.add_argument(
+        "--backbone-weights", type=Path, metavar="FILE", help="ResNet weights (timm, torchvision, ...) to start from"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it was saved")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, metavar="N", help="save and stop after so long; --resume goes on"
@@ -451,12 +481,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def stored_recipe(checkpoint: Checkpoint, given: dict[str, Any]) -> Recipe:
     """The recipe a run was started with. Options given again must agree, but for bookkeeping."""
-    stored = (checkpoint.training or {}).get("recipe", {})
-    differing = {key for key, value in given.items() if key in stored and stored[key] != value} - BOOKKEEPING
-    if differing:
-        listed = ", ".join(f"{key}={stored[key]} (given {given[key]})" for key in sorted(differing))
-        raise RecipeError(f"--resume continues the run as it was started; it has {listed}")
-    return Recipe(**stored | {key: value for key, value in given.items() if key in BOOKKEEPING})
+    return continued(Recipe, (checkpoint.training or {}).get("recipe", {}), given, BOOKKEEPING)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -468,22 +493,32 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = read_recipe(options.config, options.options)
         if options.check_data:
-            return 1 if check_data(options.data, console) else 0
+            return 1 if check_data(options.data, console, Recipe(**given).layout) else 0
         if options.out is None:
             raise RecipeError("--out DIR is needed: the folder that receives the checkpoints")
         last = options.out / "last.pt"
         if last.exists() and group_id() and restarted((load_checkpoint(last).training or {}).get("group", "")):
-            options.resume, options.initial = True, None
+            options.resume, options.initial, options.backbone_weights = True, None, None
         if last.exists() and not options.resume:
             raise RecipeError(f"{options.out} already holds a run; add --resume, or choose another folder")
         if options.resume and not last.exists():
             raise RecipeError(f"{last}: nothing to resume from")
         if options.initial and options.resume:
             raise RecipeError("--resume continues a run and --initial starts one; give one of them")
+        if options.backbone_weights and (options.resume or options.initial):
+            other = "--resume" if options.resume else "--initial"
+            raise RecipeError(f"{other} brings a backbone of its own, and --backbone-weights another; give one of them")
         saved = load_checkpoint(last) if options.resume else None
         initial = load_checkpoint(options.initial) if options.initial else None
         recipe = stored_recipe(saved, given) if saved else Recipe(**given)
-        if int(os.environ.get("RANK", 0)) == 0 and check_data(options.data, console):
+        if (recipe.freeze or recipe.unfreeze_every) and not (saved or initial or options.backbone_weights):
+            raise RecipeError(
+                "freeze and unfreeze_every would keep random weights; give --backbone-weights or --initial"
+            )
+        backbone = None
+        if options.backbone_weights:
+            backbone = read_backbone_weights(options.backbone_weights, recipe.backbone)
+        if int(os.environ.get("RANK", 0)) == 0 and check_data(options.data, console, recipe.layout):
             raise DataError(f"{options.data}: training does not start on a broken data set")
         options.out.mkdir(parents=True, exist_ok=True)
         run = Run(recipe, options.data, options.out, console)
@@ -491,7 +526,9 @@ def main(arguments: list[str] | None = None) -> int:
             run.restore(saved)
         if initial:
             run.start_from(initial)
-        del saved, initial
+        if backbone:
+            run.take_backbone(backbone)
+        del saved, initial, backbone
         if train(run, started + 60 * options.minutes) and run.rank == 0:
             report(run, options.data)
     except (RecipeError, DataError, CheckpointError, OSError) as error:

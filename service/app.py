@@ -6,9 +6,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from service import __version__
+from service import __version__, tracing
 from service.errors import ServiceError
 from service.info_routes import info_router
 from service.metrics import Metrics
@@ -34,7 +35,7 @@ def create_app(settings: Settings | None = None, models: Models | None = None) -
     for served in models.all:
         if served.pipeline:
             metrics.watch(served.name, served.pipeline)
-    app = FastAPI(
+    app = FastAPIOffline(
         title="EncNet Serve",
         version=__version__,
         description=_description(models),
@@ -59,6 +60,7 @@ def create_app(settings: Settings | None = None, models: Models | None = None) -
     app.include_router(info_router(models, metrics))
     app.include_router(oip_router(models, metrics))
     app.include_router(page_router(models))
+    tracing.instrument(app)
     return app
 
 

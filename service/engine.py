@@ -20,6 +20,7 @@ HOW_TO_EXPORT = "`python -m export CHECKPOINT --output FILE.onnx` makes a file t
 _INPUTS = {"image": "tensor(uint8)", "scales": "tensor(float)", "flip": "tensor(bool)"}
 _OUTPUTS = ("mask", "presence", "probabilities")
 _ERRORS_ONLY = 3  # ONNX Runtime's log level
+_KEPT_PIXELS = 2_000_000  # of a run whose memory is kept for the next
 
 
 class ModelError(Exception):
@@ -213,13 +214,22 @@ class Engine:
             answers = [self._windows(session, image, plan) for image in images]
         else:
             wanted = _OUTPUTS if plan.probabilities else _OUTPUTS[:2]
-            outputs = session.run(wanted, _feeds(images[0][None] if len(images) == 1 else np.stack(images), plan))
+            batch = images[0][None] if len(images) == 1 else np.stack(images)
+            outputs = session.run(wanted, _feeds(batch, plan), self._run_options(batch))
             answers = list(zip(*outputs, *([] if plan.probabilities else [[None] * len(images)]), strict=True))
         infer_ms = (time.perf_counter() - started) * 1000
         return [
             Segmentation(mask, presence, plan.scales, plan.flip, infer_ms, probabilities, len(images))
             for mask, presence, probabilities in answers
         ]
+
+    def _run_options(self, batch: np.ndarray) -> ort.RunOptions | None:
+        """After a large run on a CPU its memory is given back; the arena would keep the most that it ever took."""
+        if self.device != "cpu" or batch.size < 3 * _KEPT_PIXELS:
+            return None
+        options = ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return options
 
     def _windows(
         self, session: ort.InferenceSession, image: np.ndarray, plan: Plan

@@ -22,7 +22,7 @@ from service.settings import Settings
 OPEN_PATHS = frozenset(("/", "/docs", "/openapi.json", "/livez", "/readyz", "/healthz", "/metrics")) | frozenset(
     ("/v2/health/live", "/v2/health/ready")
 )
-OPEN_FOLDERS = ("/page/", "/samples")
+OPEN_FOLDERS = ("/page/", "/samples", "/static-offline-docs/")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = {"/livez", "/readyz", "/metrics"}  # asked for every few seconds: logged at debug level

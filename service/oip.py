@@ -47,11 +47,11 @@ from service.oip_codec import (
 from service.options import Options, option_pairs, parse_options
 from service.pipeline import Result, in_pool
 from service.segment_routes import SIDE_BY_SIDE, departure
-from service.settings import Settings
+from service.settings import ENCODED, Settings
+from service.tracing import record_phases
 from service.upload import within
 
 VERSION = "1"  # of every model; the protocol has versions, a file here has none
-ENCODED = "_encoded"
 EXTENSIONS = (
     "binary_tensor_data",
     "model_configuration",
@@ -323,6 +323,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         }
         for phase, duration in milliseconds.items():
             metrics.phases.labels(phase).observe(duration / 1000)
+        record_phases(milliseconds)
         counted.add_success(milliseconds, [result.segmentation.batch for result in results])
         return _response(answer, header_length, encoding)
 

@@ -16,6 +16,7 @@ _TYPES = {
     "index.html": "text/html; charset=utf-8",
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
+    "key.js": "text/javascript; charset=utf-8",
     "png.js": "text/javascript; charset=utf-8",
     "request.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",

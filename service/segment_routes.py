@@ -3,11 +3,11 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -41,9 +41,12 @@ from service.pipeline import Estimate, Pipeline, Result, in_pool
 from service.polygons import polygons
 from service.presence import PresenceRow, only_classes, presence_rows
 from service.render import mask_png, overlay_picture
+from service.tracing import record_phases
 from service.upload import Upload, read_upload, read_uploads
 
 BATCH_FORMATS: tuple[FormatName, ...] = ("json", "rle")
+
+T = TypeVar("T")
 
 SIDE_BY_SIDE = 4  # pictures of one batch that are under way at a time, so that a batch does not fill the queue
 
@@ -101,9 +104,9 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
                 return _prediction(pipeline, await pipeline.price(picture, options, deadline))
             async with departure(request) as departed:
                 result = await pipeline.segment(picture, options, deadline=deadline, departed=departed)
-        labelled = _labelled(pipeline, result, options)
-        encoding = partial(_encoded, request, labelled, format_, media_type)
-        encoded, waited, encode_ms = await in_pool(models.workers, encoding, deadline)
+        encode = partial(_encoded, request, format_=format_, media_type=media_type)
+        encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
+        (labelled, encoded), waited, encode_ms = await in_pool(models.workers, encoding, deadline)
         timings = _timings(result, waited, encode_ms, started, metrics)
         headers = _headers(result, timings)
         if isinstance(encoded, bytes):
@@ -142,9 +145,9 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
                 try:
                     with models.hold(options.model) as pipeline:
                         result = await pipeline.segment(upload.picture, options, deadline=deadline, departed=departed)
-                    labelled = _labelled(pipeline, result, options)
-                    encoding = partial(_mask_part, labelled, format_)
-                    mask, waited, encode_ms = await in_pool(models.workers, encoding, deadline)
+                    encode = partial(_mask_part, format_=format_)
+                    encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
+                    (labelled, mask), waited, encode_ms = await in_pool(models.workers, encoding, deadline)
                 except ServiceError as error:
                     fault = Fault(code=error.code, message=error.message, request_id=request.state.request_id)
                     return ItemAnswer(name=upload.name, error=fault)
@@ -181,6 +184,14 @@ def _labelled(pipeline: Pipeline, result: Result, options: Options) -> Labelled:
     mask = result.segmentation.mask
     rows = presence_rows(mask, result.segmentation.presence, engine.metadata.classes, threshold, ids)
     return Labelled(result, engine, only_classes(mask, ids), rows)
+
+
+def _labelled_and_encoded(
+    pipeline: Pipeline, result: Result, options: Options, encode: Callable[[Labelled], T]
+) -> tuple[Labelled, T]:
+    """What takes time after the model has run; for the pool, not for the event loop."""
+    labelled = _labelled(pipeline, result, options)
+    return labelled, encode(labelled)
 
 
 def _mask_part(labelled: Labelled, format_: FormatName) -> PngMask | RleMask | AttachedMask:
@@ -246,6 +257,7 @@ def _timings(result: Result, waited: float, encode_ms: float, started: float, me
     )
     for phase, milliseconds in timings.model_dump().items():
         metrics.phases.labels(phase).observe(milliseconds / 1000)
+    record_phases(timings.model_dump())
     return timings
 
 

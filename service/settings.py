@@ -8,6 +8,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "camvid.onnx"
 
+ENCODED = "_encoded"  # ends the name under which the Open Inference Protocol's face takes picture files
 PILLOW_PIXEL_GUARD = 178_956_970  # Pillow refuses larger pictures by itself, as decompression bombs
 
 
@@ -106,6 +107,8 @@ class Settings(BaseSettings):
             raise ValueError(f"min_scale {self.min_scale:g} is above max_scale {self.max_scale:g}")
         if self.model.stem in self.models:
             raise ValueError(f"models: the name {self.model.stem} is that of model {self.model}; choose another")
+        if own := [name for name in (self.model.stem, *self.models) if name.endswith(ENCODED)]:
+            raise ValueError(f"the model name {own[0]!r} must not end in {ENCODED}: such names are taken under /v2")
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError(f"timeout_ms {self.timeout_ms} is above max_timeout_ms {self.max_timeout_ms}")
         return self

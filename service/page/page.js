@@ -556,7 +556,7 @@ function key(event) {
     } else {
       settle();
     }
-  } else if (!event.ctrlKey && !event.metaKey && !event.altKey && !event.repeat) {
+  } else if (event.target.id !== "key" && !event.ctrlKey && !event.metaKey && !event.altKey && !event.repeat) {
     const pressed = event.key.toLowerCase();
     (KEYS[pressed] ?? (page.result && KEYS_WITH_RESULT[pressed]))?.();
   }

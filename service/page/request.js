@@ -1,5 +1,7 @@
 // One segmentation over HTTP, and every way it can fail as a sentence.
 
+import { askForKey, keyHeader } from "./key.js";
+
 const TRANSIENT = new Set([408, 429, 502, 503, 504]);
 
 /** The service said no. `message` is a sentence for people; `again` tells whether the same request may work later. */
@@ -10,12 +12,20 @@ export class Refusal extends Error {
   }
 }
 
+/** The service wants a key, or another one. */
+class Locked extends Refusal {}
+
 /**
  * Send a picture to POST /segment; gives {answer, elapsed}, `elapsed` in milliseconds as seen from here.
  *
  * Throws a Refusal, or the browser's AbortError once `signal` is aborted.
  */
-export async function segment(picture, { scales, flip }, signal) {
+export const segment = (picture, options, signal) => unlocked(() => post(picture, options, signal));
+
+/** GET a JSON document of the service; throws a Refusal. */
+export const get = (url) => unlocked(async () => (await reach(url)).json());
+
+async function post(picture, { scales, flip }, signal) {
   const form = new FormData();
   form.append("image", picture, picture.name);
   form.append("scales", scales.join(","));
@@ -27,15 +37,23 @@ export async function segment(picture, { scales, flip }, signal) {
   return { answer, elapsed: performance.now() - started };
 }
 
-/** GET a JSON document of the service; throws a Refusal. */
-export async function get(url) {
-  return (await reach(url)).json();
+/** Do the work, and again with each key that the person gives while the service asks for one. */
+async function unlocked(work) {
+  for (;;) {
+    try {
+      return await work();
+    } catch (error) {
+      if (!(error instanceof Locked && (await askForKey()))) {
+        throw error;
+      }
+    }
+  }
 }
 
-async function reach(url, options) {
+async function reach(url, options = {}) {
   let response;
   try {
-    response = await fetch(url, options);
+    response = await fetch(url, { ...options, headers: { ...options.headers, ...keyHeader() } });
   } catch (error) {
     if (error.name === "AbortError") {
       throw error;
@@ -63,7 +81,8 @@ export async function refusalOf(response) {
   if (response.status >= 500 && fault?.request_id) {
     parts.push(`The request was ${fault.request_id}.`);
   }
-  return new Refusal(parts.join(" "), TRANSIENT.has(response.status));
+  const kind = response.status === 401 ? Locked : Refusal;
+  return new kind(parts.join(" "), kind === Locked || TRANSIENT.has(response.status));
 }
 
 /** The words as a sentence: a capital first, a full stop last. */

@@ -143,6 +143,15 @@ def test_limit_and_base_size(checkpoint, data, tmp_path):
     assert document["options"]["base_size"] == 48
 
 
+def test_pictures_left_out_do_not_count(checkpoint, data, tmp_path, capsys):
+    assert run(checkpoint, "--data", data, "--without", "p1,p2") == 0
+    document = read(tmp_path / "net.evaluation")
+    assert document["totals"]["pictures"] == document["data"]["pictures_in_split"] == 1
+    assert document["totals"]["pixel_accuracy"] == 1 and document["options"]["without"] == ["p1", "p2"]
+    assert run(checkpoint, "--data", data, "--without", "p1,p7") == 2
+    assert "the test split has no picture p7" in capsys.readouterr().err
+
+
 def test_classes_named_differently_are_remarked(tmp_path, data, capsys):
     path = make_checkpoint(tmp_path / "other.pt", classes=("road", "heaven", "[car]"))
     assert run(path, "--data", data, "--limit", 1) == 0

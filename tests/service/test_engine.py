@@ -1,6 +1,7 @@
 """Promise: the engine takes everything from the .onnx file and refuses what is not ours with a sentence."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -220,3 +221,14 @@ def test_cuda_where_there_is_none(model_file: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     assert "CUDA" in refusal(model_file, device="cuda")
     assert Engine(model_file, device="auto").device == "cpu"
+
+
+def test_a_large_picture_does_not_keep_its_memory(engine: Engine) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    large = np.zeros((3000, 4000, 3), np.uint8)
+    engine.segment(large[:30, :40])
+    before = resident()
+    engine.segment(large)
+    assert resident() - before < 400e6, "1.4 GB are kept otherwise"

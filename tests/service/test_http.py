@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 import tomllib
 from collections.abc import Callable
@@ -339,7 +340,12 @@ def test_classes(client: TestClient) -> None:
 
 
 def test_the_docs_are_there(client: TestClient) -> None:
-    assert client.get("/docs").status_code == 200
+    page = client.get("/docs")
+    assert page.status_code == 200
+    links = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(links) >= 3
+    for link in links:
+        assert client.get(link).status_code == 200, "what the page needs comes from here, not from another host"
 
 
 def test_docs_describe_upload_options_and_errors(client: TestClient) -> None:

@@ -183,6 +183,12 @@ def test_two_models_of_one_name_are_refused(settings: Settings, other_model: Pat
         Settings(model=settings.model, models={"tiny": other_model})
 
 
+@pytest.mark.parametrize("names", [{"model": "day_encoded.onnx"}, {"models": "night_encoded=night.onnx"}])
+def test_a_name_that_the_protocol_gives_its_own_models_is_refused(names: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="must not end in _encoded"):
+        Settings(**names)
+
+
 def test_every_setting_is_in_the_readme_and_in_help() -> None:
     readme = (Path(service.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     shown = CliRunner().invoke(cli, ["serve", "--help"], env={"COLUMNS": "300"}).output

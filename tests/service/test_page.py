@@ -27,6 +27,7 @@ FILES = {
     "": "text/html; charset=utf-8",
     "page/page.css": "text/css; charset=utf-8",
     "page/page.js": "text/javascript; charset=utf-8",
+    "page/key.js": "text/javascript; charset=utf-8",
     "page/png.js": "text/javascript; charset=utf-8",
     "page/request.js": "text/javascript; charset=utf-8",
     "page/icon.svg": "image/svg+xml",
@@ -525,3 +526,25 @@ def test_the_png_reader_says_what_is_wrong(browser: Browser, scene: np.ndarray) 
         browser,
         png(np.zeros((2, 4), np.uint8), 4, 8, 0, [0]).replace(struct.pack(">II", 4, 2), struct.pack(">II", 4, 3)),
     )
+
+
+def test_a_service_with_keys_is_asked_for_one(browser: Browser, model_file: Path, scene_file: Path) -> None:
+    server = Server(model_file, ENCNET_API_KEYS="opens")
+    try:
+        browser.driver.get(server.url)
+        browser.until("document.getElementById('lock').open")
+        assert not browser.find("#wrong-key").is_displayed()
+        browser.find("#key").send_keys("does not\ue007")
+        browser.until("document.getElementById('lock').open && !document.getElementById('wrong-key').hidden")
+        browser.find("#key").send_keys("opens\ue007")
+        browser.until("document.body.classList.contains('ready')")
+        browser.segment(scene_file)
+        assert browser.text("#summary") == "4 of 4 classes are present."
+        said = [entry["message"] for entry in browser.driver.get_log("browser")]
+        assert sum(server.url in message and "401" in message for message in said) == 2
+        assert all(server.url in message or "/segment" in message for message in said), "the page's own errors"
+        browser.driver.get(server.url)
+        browser.until("document.body.classList.contains('ready')")
+        assert not browser.find("#lock").is_displayed(), "the key is kept while the tab is open"
+    finally:
+        server.stop()

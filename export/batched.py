@@ -1,0 +1,137 @@
+"""The whole graph with a batch dimension on every input, as servers want it that join requests into batches.
+
+    image uint8 (N, H, W, 3), scales float32 (N, S), flip bool (N, 1) -> mask uint8 (N, H, W), presence float32 (N, C)
+
+In the whole graph one list of scales and one flip hold for all its pictures. Here every picture has its own: those that
+ask for the same views are run together by the whole graph inside, group by group, so that a request gets what it asked
+for whatever it was joined with. There is no `probabilities`.
+"""
+
+from pathlib import Path
+
+import numpy
+import onnx
+import onnx.parser
+import onnxruntime
+
+from export.errors import ExportError, ParityError
+from export.metadata import describe
+from export.parity import Case, picture, session_options
+from export.whole import subgraphs
+
+LEAST_SCALE, MOST_SCALE = 0.25, 3.0  # a scale beyond is taken as the nearer one: a graph cannot refuse an input
+
+PLACEHOLDER = "Whole"
+
+# Element types in Cast: 1 float32, 9 bool.
+GRAPH = """
+<ir_version: 10, opset_import: ["" : 18, "encnet" : 1]>
+encnet_batched (uint8[N,H,W,3] image, float[N,S] scales, bool[N,1] flip)
+    => ({mask}[N,H,W] mask, float[N,{classes}] presence)
+<
+    float least_scale = {{{least}}}, float most_scale = {{{most}}}, int64 last = {{-1}},
+    int64[1] zero = {{0}}, int64[1] minus_one = {{-1}}, int64[1] classes = {{{classes}}}, bool yes = {{1}}
+>
+{{
+    bounded_scales = Clip (scales, least_scale, most_scale)
+    flip_number = Cast <to = 1> (flip)
+    options = Concat <axis = 1> (bounded_scales, flip_number)
+    groups, first_of_group, group_of_picture = Unique <axis = 0> (options)
+    group_count = Size (first_of_group)
+
+    mask_shape = Shape <start = 0, end = 3> (image)
+    count = Shape <start = 0, end = 1> (image)
+    presence_shape = Concat <axis = 0> (count, classes)
+    no_mask = ConstantOfShape <value = {mask}[1] {{0}}> (mask_shape)
+    no_presence = ConstantOfShape <value = float[1] {{0.0}}> (presence_shape)
+
+    mask, presence = Loop (group_count, yes, no_mask, no_presence) <body = one_group
+        (int64 group, bool go_on, {mask}[N,H,W] mask_before, float[N,{classes}] presence_before)
+        => (bool go_on_out, {mask}[N,H,W] mask_after, float[N,{classes}] presence_after)
+    {{
+        go_on_out = Identity (go_on)
+        is_member = Equal (group_of_picture, group)
+        member_row = NonZero (is_member)
+        members = Transpose (member_row)
+        group_image = GatherND (image, members)
+        group_options = Gather <axis = 0> (groups, group)
+        group_scales = Slice (group_options, zero, minus_one)
+        group_flip_number = Gather <axis = 0> (group_options, last)
+        group_flip = Cast <to = 9> (group_flip_number)
+
+        group_mask, group_presence = encnet.{placeholder} (group_image, group_scales, group_flip)
+
+        mask_after = ScatterND (mask_before, members, group_mask)
+        presence_after = ScatterND (presence_before, members, group_presence)
+    }}>
+}}
+"""
+
+
+def batched_model(whole: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph described at the top of this file, around the nodes of a whole graph."""
+    outputs = {value.name: value.type.tensor_type for value in whole.graph.output}
+    text = GRAPH.format(
+        mask="uint16" if outputs["mask"].elem_type == onnx.TensorProto.UINT16 else "uint8",
+        classes=outputs["presence"].shape.dim[1].dim_value,
+        least=LEAST_SCALE,
+        most=MOST_SCALE,
+        placeholder=PLACEHOLDER,
+    )
+    model = onnx.parser.parse_model(text)
+    model.ir_version = whole.ir_version
+    del model.opset_import[:]
+    model.opset_import.extend(whole.opset_import)
+    model.functions.extend(whole.functions)
+    insert_graph(next(subgraphs(model.graph)), whole.graph)
+    values = {entry.key: entry.value for entry in whole.metadata_props}
+    describe(model, {**values, "graph": "batched"})
+    return model
+
+
+def insert_graph(body: onnx.GraphProto, whole: onnx.GraphProto) -> None:
+    """Put a graph's nodes in the place of the one node that stands for it; its other names get a prefix."""
+    position = next(i for i, node in enumerate(body.node) if node.op_type == PLACEHOLDER)
+    place = body.node[position]
+    names = {"": "", **dict(zip(("image", "scales", "flip"), place.input, strict=True))}
+    names.update(zip(("mask", "presence"), place.output, strict=True))
+    inside = onnx.GraphProto()
+    inside.CopyFrom(whole)
+    for graph in (inside, *subgraphs(inside)):
+        for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+            value.name = names.get(value.name, f"whole/{value.name}")
+        for node in graph.node:
+            node.input[:] = [names.get(name, f"whole/{name}") for name in node.input]
+            node.output[:] = [names.get(name, f"whole/{name}") for name in node.output]
+    before, after = list(body.node[:position]), list(body.node[position + 1 :])
+    del body.node[:]
+    body.node.extend([*before, *inside.node, *after])
+    body.initializer.extend(inside.initializer)
+
+
+def check_same(whole: bytes, batched: bytes, library: Path | None) -> None:
+    """Run three pictures in one batch, two with the same views, and each group of them through the whole graph.
+
+    Raises ParityError unless the answers are the same bits, and ExportError for a library that does not load.
+    """
+    image = picture(Case(3, 48, 64)).numpy()
+    scales = numpy.array([[0.5, 0.25], [0.75, 0.75], [0.5, 0.25]], numpy.float32)
+    flip = numpy.array([[False], [True], [False]])
+    names = ["mask", "presence"]
+    found = _session(batched, library).run(names, {"image": image, "scales": scales, "flip": flip})
+    runtime = _session(whole, library)
+    for group in ([0, 2], [1]):
+        feeds = {"image": image[group], "scales": scales[group[0]], "flip": flip[group[0]].reshape(())}
+        for name, expected, answer in zip(names, runtime.run(names, feeds), found, strict=True):
+            if not numpy.array_equal(answer[group], expected):
+                raise ParityError(f"the graph for Triton and the whole graph differ in {name}; nothing is written")
+
+
+def _session(model: bytes, library: Path | None) -> onnxruntime.InferenceSession:
+    options = session_options()
+    if library:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
+            raise ExportError(f"the compiled kernel {library} does not load: {str(error).splitlines()[0]}") from error
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,62 @@
+"""Test error of a CIFAR-10 classifier: `python -m model.evaluate_cifar CHECKPOINT --data DIR`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from model.checkpoint import CheckpointError
+from model.cifar import CLASSES, CifarEncNet, load_cifar
+from model.cifar_data import open_cifar
+from model.data import DataError
+from model.evaluate import EvaluationError, choose_device
+from model.train_cifar import predictions
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m model.evaluate_cifar",
+        description=__doc__,
+        epilog="example: python -m model.evaluate_cifar runs/cifar/final.pt --data cifar-10-batches-bin",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="final.pt or last.pt of a run")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of CIFAR-10")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (the GPU if there is one), cpu, cuda, ..."
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, or 2 after a sentence on standard error for a mistake in options, checkpoint or data."""
+    options = parse(arguments)
+    console = Console(highlight=False)
+    try:
+        device = choose_device(options.device)
+        checkpoint = load_cifar(options.checkpoint)
+        _, test = open_cifar(options.data)
+    except (EvaluationError, CheckpointError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    network = CifarEncNet(checkpoint.variant)
+    network.load_state_dict(checkpoint.weights)
+    right = predictions(network.to(device), test.images.to(device), "fp32").cpu() == test.labels
+    table = Table("class", "pictures", "error %")
+    for index, name in enumerate(CLASSES):
+        of_class = right[test.labels == index]
+        share = f"{100 * (1 - of_class.double().mean().item()):.2f}" if len(of_class) else "-"
+        table.add_row(name, str(len(of_class)), share)
+    console.print(table)
+    wrong = int(torch.count_nonzero(~right))
+    console.print(
+        f"{checkpoint.variant}, step {checkpoint.step}: test error {100 * wrong / len(right):.2f} % "
+        f"({wrong} of {len(right)} pictures)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
