@@ -8,6 +8,7 @@ CUDA ?=
 # Installed only where no torch is importable; a range would take the registry's newest build.
 TORCH ?= torch==2.13.0
 DATA ?= ../shared/data
+PIECE_MINUTES ?= 9
 
 SERVE_PYTHON := .venv-serve/bin/python
 TEST_PYTHON := .venv/bin/python
@@ -15,7 +16,7 @@ SERVE_REQUIREMENTS := service/requirements$(if $(shell command -v nvidia-smi),-g
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test setup lint kernels gpu-check train-camvid clean
+.PHONY: help serve test setup lint kernels gpu-check gpu-train train-camvid clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -33,6 +34,9 @@ kernels: ## compile the Encoding kernels into build/ with g++ or CXX=, and for a
 
 gpu-check: ## on a machine with an NVIDIA GPU, torch and nvcc: build, check and measure the CUDA kernels (nine minutes)
 	@$(PYTHON) -m benchmarks.gpu_check
+
+gpu-train: ## on a machine with an NVIDIA GPU and torch: go on with all runs for one GPU (DATA=, PIECE_MINUTES=9)
+	@$(PYTHON) -m benchmarks.gpu_train --data $(DATA) --minutes $(PIECE_MINUTES)
 
 setup: .venv/ready ## everything for training, export and tests, in .venv
 

@@ -1,17 +1,25 @@
-"""Training crops: mirror, scale, rotate and crop in one warp, then light and colour; all of it decided by one seed."""
+"""Training crops: mirror, scale, rotate and crop in one warp, then light and colour, for a batch and on any device.
+
+What becomes of a picture is drawn on the host from one seed and the key (epoch, index). The crop is then the same in
+any run, process and batch, and on any device: the arithmetic is elementwise or in whole numbers, so that neither the
+composition of the batch nor the order of a sum decides a bit.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy
 import torch
 from numpy.random import Generator, SeedSequence, default_rng
-from PIL import Image, ImageEnhance
-from torch.utils.data import Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import Sampler
 
-from model.data import SegmentationData
 from model.losses import IGNORE
+
+BRIGHTNESS, CONTRAST, COLOUR = range(3)
+LUMA = (19595, 38470, 7471)  # of red, green and blue, in 65536ths (ITU-R 601)
 
 
 @dataclass(frozen=True)
@@ -32,90 +40,182 @@ class Augmentation:
     white_balance: float = 0.0
 
 
-def augment(
-    image: numpy.ndarray, mask: numpy.ndarray, options: Augmentation, random: Generator, fill: tuple[int, int, int]
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """A crop of picture (H, W, 3) uint8 and mask (H, W) uint8 -> (crop, crop, 3), (crop, crop).
+class Draw(NamedTuple):
+    """What was drawn for one crop.
 
-    What lies outside the picture becomes `fill` and is labelled 255, so that no loss sees it.
+    matrix: (6,) a, b, c, d, e, f, from a place (column, row) of the crop to one of the picture:
+    (a column + b row + c, d column + e row + f), pixel centres at halves;
+    order: BRIGHTNESS, CONTRAST and COLOUR in the order in which they change, () for no jitter; amounts: theirs;
+    curves: (3, 256) uint8, what red, green and blue become, or None.
     """
-    height, width = mask.shape
+
+    matrix: tuple[float, ...]
+    order: tuple[int, ...]
+    amounts: tuple[float, ...]
+    curves: numpy.ndarray | None
+
+
+def draw(height: int, width: int, options: Augmentation, random: Generator) -> Draw:
+    """Decide a crop of a picture of that size in pixels."""
     zoom = options.base_size * random.uniform(*options.scale) / max(height, width)
     angle = math.radians(random.uniform(-options.rotation, options.rotation))
     mirrored = options.mirror and random.random() < 0.5
     slack_x, slack_y = max(width * zoom - options.crop, 0), max(height * zoom - options.crop, 0)
     left, top = random.uniform(0, slack_x), random.uniform(0, slack_y)
 
-    # PIL asks for the map from crop to picture coordinates: shift, turn around the middle, zoom out, mirror.
-    centre_x, centre_y = width * zoom / 2, height * zoom / 2
+    # From crop to picture: shift, turn around the middle, zoom out, mirror.
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
-    shift_x, shift_y = left - centre_x, top - centre_y
+    shift_x, shift_y = left - width * zoom / 2, top - height * zoom / 2
     a, b, c = cos, sin, cos * shift_x + sin * shift_y + width / 2
     d, e, f = -sin, cos, -sin * shift_x + cos * shift_y + height / 2
     if mirrored:
         a, b, c = -a, -b, width - c
-    size, matrix = (options.crop, options.crop), (a, b, c, d, e, f)
-    picture = Image.fromarray(image).transform(
-        size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill
-    )
-    label = Image.fromarray(mask).transform(
-        size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=IGNORE
-    )
+    order: list[int] = []
+    amounts: list[float] = []
     if options.jitter:
-        enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-        for position in random.permutation(len(enhancers)):
-            amount = random.uniform(1 - options.jitter, 1 + options.jitter)
-            picture = enhancers[position](picture).enhance(amount)
+        for kind in random.permutation(3):
+            order.append(int(kind))
+            amounts.append(random.uniform(1 - options.jitter, 1 + options.jitter))
+    curves = None
     if options.gamma or options.white_balance:
         power = 2 ** random.uniform(-options.gamma, options.gamma)
         gains = random.uniform(1 - options.white_balance, 1 + options.white_balance, size=(3, 1))
         curves = 255 * gains * (numpy.arange(256) / 255) ** power
-        picture = picture.point(numpy.clip(curves, 0, 255).round().astype(int).ravel().tolist())
-    return numpy.asarray(picture), numpy.asarray(label)
+        curves = numpy.clip(curves, 0, 255).round().astype(numpy.uint8)
+    return Draw((a, b, c, d, e, f), tuple(order), tuple(amounts), curves)
 
 
-class TrainingCrops(Dataset):
-    """Crops by (epoch, index): the same key gives the same crop in any run, process and order.
+def draw_for(key: tuple[int, int], size: tuple[int, int], options: Augmentation, seed: int) -> Draw:
+    """The crop that (epoch, index) stands for, of a picture of size (height, width)."""
+    return draw(*size, options, default_rng(SeedSequence([seed, *key])))
 
-    Pictures are decoded once and kept in memory. Items: uint8 (3, crop, crop) and uint8 (crop, crop).
+
+class Draws(NamedTuple):
+    """The draws of a batch as tensors; of the last three, none or all have rows.
+
+    matrices: (B, 6) float32; amounts: (B, steps) float32; picks: (B, steps, 2) float32, 1 where that step's blend is
+    with the mean grey of the crop or with the grey of each pixel; curves: (B, 3, 256) uint8, or (B, 0, 256).
     """
 
-    def __init__(self, data: SegmentationData, options: Augmentation, seed: int, fill: tuple[int, int, int]) -> None:
-        self.samples = [data.load(index) for index in range(len(data))]
-        self.options, self.seed, self.fill = options, seed, fill
+    matrices: Tensor
+    amounts: Tensor
+    picks: Tensor
+    curves: Tensor
 
-    def __len__(self) -> int:
-        return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        epoch, index = key
-        random = default_rng(SeedSequence([self.seed, epoch, index]))
-        image, mask = augment(*self.samples[index], self.options, random, self.fill)
-        return torch.from_numpy(image.copy()).permute(2, 0, 1), torch.from_numpy(mask.copy())
+def stack(draws: Sequence[Draw]) -> Draws:
+    order = torch.tensor([one.order for one in draws], dtype=torch.int64).view(len(draws), -1)
+    curves = [one.curves for one in draws if one.curves is not None]
+    return Draws(
+        torch.tensor([one.matrix for one in draws], dtype=torch.float32),
+        torch.tensor([one.amounts for one in draws], dtype=torch.float32).view(len(draws), -1),
+        torch.stack([order == CONTRAST, order == COLOUR], -1).float(),
+        torch.from_numpy(numpy.stack(curves)) if curves else torch.empty(len(draws), 0, 256, dtype=torch.uint8),
+    )
+
+
+def pack(image: numpy.ndarray, mask: numpy.ndarray) -> Tensor:
+    """Picture (H, W, 3) uint8 and labels (H, W) uint8 -> (H * W,) int32: red, green, blue and label, a byte each."""
+    return torch.from_numpy(numpy.dstack([image, mask])).view(-1, 4).view(torch.int32).flatten()
+
+
+def bytes_of(packed: Tensor) -> Tensor:
+    """(...,) int32 -> (..., 4) uint8: red, green, blue, label."""
+    return packed.contiguous().view(torch.uint8).view(*packed.shape, 4)
+
+
+def crops(packed: Tensor, places: Tensor, draws: Draws, crop: int, fill: Tensor) -> tuple[Tensor, Tensor]:
+    """Crops (B, 3, crop, crop) and labels (B, crop, crop), uint8, of pictures that lie end to end in `packed`.
+
+    packed: see `pack`, of any number of pictures; places: (B, 3) int64, where each crop's picture starts in it, its
+    height and its width; fill: (3,) uint8. All on one device, on which the crops are made. What lies outside a picture
+    becomes `fill` and is labelled 255, so that no loss sees it.
+    """
+    start, height, width = places[:, :, None, None].unbind(1)
+    side = torch.arange(crop, device=packed.device, dtype=torch.float32) + 0.5
+    a, b, c, d, e, f = draws.matrices[:, :, None, None].unbind(1)
+    x = a * side + b * side[:, None] + c
+    y = d * side + e * side[:, None] + f
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    height, width = height.int(), width.int()
+
+    def within(place: Tensor, size: Tensor) -> Tensor:
+        return place.int().clamp_min(0).minimum(size - 1)
+
+    def at(row: Tensor, column: Tensor) -> Tensor:
+        return bytes_of(packed[start + (row * width + column)])
+
+    masks = at(within(y.floor(), height), within(x.floor(), width))[..., 3].masked_fill(~inside, IGNORE)
+    left, top = (x - 0.5).floor(), (y - 0.5).floor()
+    right_share, lower_share = (x - 0.5 - left)[:, None], (y - 0.5 - top)[:, None]
+    columns = within(left, width), within(left + 1, width)
+
+    def between(row: Tensor) -> Tensor:
+        first, second = (planes(at(row, column)) for column in columns)
+        return first + (second - first) * right_share
+
+    upper, lower = between(within(top, height)), between(within(top + 1, height))
+    pixels = (upper + (lower - upper) * lower_share).floor()
+    pixels = torch.where(inside[:, None], pixels, fill.float()[:, None, None])
+    return recolour(pixels, draws), masks
+
+
+def planes(pixels: Tensor) -> Tensor:
+    """(B, H, W, 4) uint8, red, green, blue, label -> (B, 3, H, W) float32."""
+    return pixels.permute(0, 3, 1, 2)[:, :3].to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def recolour(pixels: Tensor, draws: Draws) -> Tensor:
+    """Light and colour of whole numbers 0..255 as float (B, 3, H, W) -> uint8, each step rounded down to them.
+
+    A step blends with black, with the mean grey of the crop, or with each pixel's grey. Whole numbers below 2^24 are
+    exact in float32, so that grey and mean are as well.
+    """
+    amounts = draws.amounts[:, :, None, None, None]
+    mean_picks, grey_picks = draws.picks[:, :, :, None, None, None].unbind(2)
+    for step in range(amounts.shape[1]):
+        red, green, blue = pixels.split(1, dim=1)
+        grey = ((LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + 32768) / 65536).floor()
+        mean = (grey.sum((2, 3), keepdim=True, dtype=torch.float64) / grey[0].numel() + 0.5).floor().float()
+        towards = mean_picks[:, step] * mean + grey_picks[:, step] * grey
+        pixels = (towards + amounts[:, step] * (pixels - towards)).clamp(0, 255).floor()
+    if not draws.curves.shape[1]:
+        return pixels.to(torch.uint8)
+    return draws.curves.gather(2, pixels.long().flatten(2)).view(pixels.shape)
 
 
 class StepSampler(Sampler):
     """Batches of (epoch, index) keys from `first_step` to the last; each process takes its share of every batch.
 
-    Every epoch is a fresh seeded permutation; an epoch's incomplete last batch is dropped.
+    Every epoch is a fresh seeded permutation; an epoch's incomplete last batch is dropped. A batch that is worked off
+    in `parts` is divided first into these and then among the processes, so that part for part all processes together
+    have the crops that one process would have.
     """
 
     def __init__(
-        self, size: int, batch: int, epochs: int, seed: int, first_step: int = 0, rank: int = 0, processes: int = 1
+        self,
+        size: int,
+        batch: int,
+        epochs: int,
+        seed: int,
+        first_step: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        parts: int = 1,
     ) -> None:
         self.size, self.batch, self.epochs, self.seed = size, batch, epochs, seed
-        self.first_step, self.rank, self.processes = first_step, rank, processes
+        self.first_step, self.rank, self.processes, self.parts = first_step, rank, processes, parts
         self.steps_per_epoch = size // batch
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch // self.processes
         first_epoch, skip = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.epochs):
             order = default_rng(SeedSequence([self.seed, epoch])).permutation(self.size)
             for step in range(skip, self.steps_per_epoch):
-                start = step * self.batch + self.rank * share
-                yield [(epoch, int(index)) for index in order[start : start + share]]
+                batch = order[step * self.batch : (step + 1) * self.batch]
+                mine = batch.reshape(self.parts, self.processes, -1)[:, self.rank].ravel()
+                yield [(epoch, int(index)) for index in mine]
             skip = 0

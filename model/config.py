@@ -16,12 +16,16 @@ class ModelConfig:
     output_stride: 8 or 16, input pixels per feature position after the last stage.
     channels: D, the width of the head.
     codewords: K, the number of codewords.
+    encoding: the Context Encoding Module with its presence head; without it the network is an FCN (the paper's
+        baseline), which takes a class to be as present as its surest pixel is sure.
     lateral: fuse stages 2 and 3 into the head's features.
     detail: channels of a stride-4 refinement of the gated features with stage 1, before the classifier; 0 for none
         (ours, not the paper's: it recovers poles and signs, which stride 8 cannot draw).
     auxiliary: an FCN head on stage 3, used in training only.
     stage3_presence: the paper's second SE-loss, a scene encoding with a presence head on stage 3 (training only).
     dropout: probability of zeroing a feature before each pixel classifier.
+    drop_path: largest probability of skipping a residual block for a picture in training, the last block's; blocks
+        before it are skipped less often in proportion (stochastic depth).
     align_corners: how every bilinear resize inside the network maps positions.
     reference_positions: N_ref; the encoded sum is multiplied by N_ref / N. 0 keeps the plain sum.
     """
@@ -31,11 +35,13 @@ class ModelConfig:
     output_stride: int = 8
     channels: int = 512
     codewords: int = 32
+    encoding: bool = True
     lateral: bool = False
     detail: int = 0
     auxiliary: bool = True
     stage3_presence: bool = False
     dropout: float = 0.1
+    drop_path: float = 0.0
     align_corners: bool = True
     reference_positions: float = 0.0
 
@@ -46,8 +52,10 @@ class ModelConfig:
             (self.output_stride in (8, 16), f"output_stride must be 8 or 16, got {self.output_stride}"),
             (self.channels >= 1, f"channels must be at least 1, got {self.channels}"),
             (self.codewords >= 1, f"codewords must be at least 1, got {self.codewords}"),
+            (self.encoding or not self.stage3_presence, "stage3_presence needs encoding"),
             (self.detail >= 0, f"detail must not be negative, got {self.detail}"),
             (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
+            (0 <= self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}"),
             (
                 self.reference_positions >= 0,
                 f"reference_positions must not be negative, got {self.reference_positions}",

@@ -98,8 +98,10 @@ class EncHead(nn.Module):
             nn.ModuleList(ConvNormReLU(width, channels, 1) for width in widths[1:3]) if config.lateral else None
         )
         self.fusion = ConvNormReLU(3 * channels, channels, 3) if config.lateral else None
-        self.context = ContextEncoding(channels, config.codewords, config.reference_positions)
-        self.presence = nn.Linear(channels, config.num_classes)
+        self.context = (
+            ContextEncoding(channels, config.codewords, config.reference_positions) if config.encoding else None
+        )
+        self.presence = nn.Linear(channels, config.num_classes) if config.encoding else None
         self.detail = Detail(widths[0], channels, config.detail, config.align_corners) if config.detail else None
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Conv2d(config.detail or channels, config.num_classes, 1)
@@ -127,8 +129,16 @@ class EncHead(nn.Module):
         return self.classifier(self.dropout(gated))
 
     def forward(self, stages: Stages) -> tuple[Tensor, Tensor]:
-        gated, scene = self.context(self.join(stages))
-        return self.classify(gated, stages), self.presence(scene)
+        features, scene = self.join(stages), None
+        if self.context is not None:
+            features, scene = self.context(features)
+        logits = self.classify(features, stages)
+        return logits, surest_pixel(logits) if self.presence is None else self.presence(scene)
+
+
+def surest_pixel(logits: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C): for each class the log-odds of the pixel that is surest of it."""
+    return torch.logit(logits.float().softmax(1).amax((2, 3)), eps=1e-6)
 
 
 class FCNHead(nn.Module):
@@ -162,7 +172,7 @@ class EncNet(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = ResNet(config.backbone, config.output_stride)
+        self.backbone = ResNet(config.backbone, config.output_stride, config.drop_path)
         widths = self.backbone.widths
         self.head = EncHead(config, widths)
         self.aux = FCNHead(widths[2], config.num_classes, config.dropout) if config.auxiliary else None

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,10 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What is computed; base_size and crop in pixels, limit in pictures (0: all of the split), without: their IDs."""
+    """What is computed; base_size and crop in pixels, limit in pictures (0: all of the split), without: their IDs.
+
+    batch: most pictures of one size to run together, under the protocol "whole"; precision: "fp32" or "bf16".
+    """
 
     split: str
     scales: tuple[float, ...]
@@ -80,6 +83,8 @@ class Options:
     base_size: int
     limit: int
     without: tuple[str, ...] = ()
+    batch: int = 1
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def evaluate(
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Run the model, which is on `device`, over the split, picture by picture; `advance` is called after each.
+    """Run the model, which is on `device`, over the split; `advance` is called after each picture.
 
     Raises EvaluationError when checkpoint and data set have different numbers of classes, DataError for a broken file.
     """
@@ -113,27 +118,46 @@ def evaluate(
     counts = numpy.zeros((classes, classes), dtype=numpy.int64)
     scores = numpy.zeros((pictures, classes))
     present = numpy.zeros((pictures, classes), dtype=bool)
-    samples = []
+    samples: dict[int, Sample] = {}
     start = time.perf_counter()
+    for batch in _batches(data, pictures, options.batch if options.protocol == "whole" else 1):
+        indexes, images, truths = zip(*batch, strict=True)
+        targets = torch.from_numpy(numpy.stack(truths)).to(device)
+        views = torch.from_numpy(numpy.stack(images)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            label_scores, presence = _predict(checkpoint, model, views, options)
+        masks = label_scores.argmax(1)
+        counts += confusion(masks, targets, classes)
+        rows = list(indexes)
+        scores[rows] = presence.float().cpu().numpy()
+        present[rows] = presence_targets(targets, classes).cpu().numpy() > 0
+        for mask, (index, image, truth) in zip(masks, batch, strict=True):
+            if index in shown:
+                labels = mask.cpu().numpy().astype(numpy.uint8)
+                samples[index] = Sample(data.ids[index], image, truth, labels, scores[index], present[index])
+            advance()
+    ordered = [samples[index] for index in sorted(samples)]
+    return Evaluation(counts, scores, present, ordered, time.perf_counter() - start)
+
+
+def _batches(
+    data: SegmentationData, pictures: int, batch: int
+) -> Iterator[list[tuple[int, numpy.ndarray, numpy.ndarray]]]:
+    """Index, picture and labels of pictures of one size, at most `batch` at a time."""
+    waiting: dict[tuple[int, ...], list[tuple[int, numpy.ndarray, numpy.ndarray]]] = {}
     for index in range(pictures):
         image, truth = data.load(index)
-        label_scores, presence = _predict(checkpoint, model, torch.from_numpy(image)[None].to(device), options)
-        mask = label_scores[0].argmax(0).cpu()
-        target = torch.from_numpy(truth)
-        counts += confusion(mask, target, classes)
-        scores[index] = presence[0].cpu().numpy()
-        present[index] = presence_targets(target[None], classes)[0].numpy() > 0
-        if index in shown:
-            labels = mask.numpy().astype(numpy.uint8)
-            samples.append(Sample(data.ids[index], image, truth, labels, scores[index], present[index]))
-        advance()
-    return Evaluation(counts, scores, present, samples, time.perf_counter() - start)
+        same = waiting.setdefault(truth.shape, [])
+        same.append((index, image, truth))
+        if len(same) == batch:
+            yield waiting.pop(truth.shape)
+    yield from waiting.values()
 
 
 def _predict(
     checkpoint: Checkpoint, model: EncNet, image: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1, C, H, W) scores and (1, C) presence of a (1, H, W, 3) picture."""
+    """(N, C, H, W) scores and (N, C) presence of pictures (N, H, W, 3)."""
     views: dict[str, Any] = {
         "mean": checkpoint.mean,
         "std": checkpoint.std,
@@ -321,6 +345,19 @@ def parser() -> argparse.ArgumentParser:
         "(default: beside the checkpoint, its name ending in .evaluation)",
     )
     root.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    root.add_argument(
+        "--batch",
+        type=_pictures,
+        default=1,
+        metavar="N",
+        help="most pictures of one size to run together with --protocol whole (default: %(default)s)",
+    )
+    root.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the network's arithmetic (default: %(default)s)",
+    )
     root.add_argument("--limit", type=_pictures, default=0, metavar="N", help="score only the first N pictures")
     return root
 
@@ -378,7 +415,9 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
         arguments.crop or 480,
         arguments.base_size or checkpoint.base_size,
         arguments.limit,
-        without=arguments.without,
+        arguments.without,
+        arguments.batch,
+        arguments.precision,
     )
     model = build_model(checkpoint).to(device)
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

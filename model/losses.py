@@ -35,30 +35,36 @@ def encnet_loss(
     presence_weight: float = 0.2,
     auxiliary_weight: float = 0.2,
     class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    whole: Tensor | None = None,
 ) -> Losses:
     """Cross entropy over labelled pixels + weights times SE-loss(es) and auxiliary cross entropy.
 
-    mask: (B, H, W) integer labels, 255 = ignore; class_weights: (C,) float or None. A batch without a single labelled
-    pixel costs 0 (not NaN) for its pixels.
+    mask: (B, H, W) integer labels, 255 = ignore; class_weights: (C,) float or None; label_smoothing: share of a pixel's
+    target that is spread over all classes. A batch without a single labelled pixel costs 0 (not NaN) for its pixels.
+    whole: the masks of all the batch of which this is a part; the losses are then this part's share, and those of all
+    parts add up to the batch's.
     """
-    pixel = pixel_loss(outputs.logits, mask, class_weights)
+    whole = mask if whole is None else whole
+    weight = labelled_weight(whole, class_weights)
+    pixel = pixel_loss(outputs.logits, mask, class_weights, weight, label_smoothing)
     targets = presence_targets(mask, outputs.logits.shape[1])
     presence = F.binary_cross_entropy_with_logits(outputs.presence_logits.float(), targets)
     if outputs.stage3_presence_logits is not None:
         presence = presence + F.binary_cross_entropy_with_logits(outputs.stage3_presence_logits.float(), targets)
+    presence = presence * (len(mask) / len(whole))
     auxiliary = torch.zeros_like(pixel)
     if outputs.aux_logits is not None:
-        auxiliary = pixel_loss(outputs.aux_logits, mask, class_weights)
+        auxiliary = pixel_loss(outputs.aux_logits, mask, class_weights, weight, label_smoothing)
     return Losses(pixel + presence_weight * presence + auxiliary_weight * auxiliary, pixel, presence, auxiliary)
 
 
-def pixel_loss(logits: Tensor, mask: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Mean (weighted) cross entropy in float32 over the pixels that are labelled.
+def labelled_weight(mask: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Scalar: the labelled pixels of (B, H, W), each counting its class's weight.
 
-    Under torch.distributed the mean is over the labelled pixels of all processes, scaled so that averaging the
-    processes' gradients, as DDP does, gives the gradient of one process with the whole batch.
+    Under torch.distributed it is the mean over the processes, so that averaging their gradients, as DDP does, gives the
+    gradient of one process with the whole batch.
     """
-    total = F.cross_entropy(logits.float(), mask.long(), class_weights, ignore_index=IGNORE, reduction="sum")
     labelled = mask != IGNORE
     if class_weights is None:
         weight = labelled.sum().float()
@@ -67,4 +73,19 @@ def pixel_loss(logits: Tensor, mask: Tensor, class_weights: Tensor | None) -> Te
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(weight)
         weight = weight / dist.get_world_size()
+    return weight
+
+
+def pixel_loss(
+    logits: Tensor, mask: Tensor, class_weights: Tensor | None, weight: Tensor, label_smoothing: float
+) -> Tensor:
+    """(Weighted) cross entropy in float32, summed over the pixels that are labelled and divided by `weight`."""
+    total = F.cross_entropy(
+        logits.float(),
+        mask.long(),
+        class_weights,
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
     return total / weight.clamp_min(torch.finfo(torch.float32).tiny)

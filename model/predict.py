@@ -38,10 +38,11 @@ def view_size(height: int, width: int, base_size: int, scale: float) -> tuple[in
     return view_side(height), view_side(width)
 
 
-def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(image: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """uint8 (N, H, W, 3) RGB -> float32 (N, 3, H, W), (x / 255 - mean) / std."""
     x = image.permute(0, 3, 1, 2).float() / 255
-    return (x - x.new_tensor(mean).view(1, 3, 1, 1)) / x.new_tensor(std).view(1, 3, 1, 1)
+    centre, spread = (torch.as_tensor(values, dtype=x.dtype, device=x.device) for values in (mean, std))
+    return (x - centre.view(1, 3, 1, 1)) / spread.view(1, 3, 1, 1)
 
 
 def view_of(pixels: Tensor, base_size: int, scale: float) -> Tensor:

@@ -32,11 +32,13 @@ class Recipe:
     output_stride: int = option(8, "8 or 16, pixels per feature position")
     channels: int = option(512, "D, width of the head")
     codewords: int = option(32, "K, number of codewords")
+    encoding: bool = option(True, "the Context Encoding Module; false: an FCN, which needs presence_weight=0")
     lateral: bool = option(False, "fuse stages 2 and 3 into the head")
     detail: int = option(0, "channels of the stride-4 refinement before the classifier; 0: none")
     auxiliary: bool = option(True, "FCN head on stage 3 while training")
     stage3_presence: bool = option(False, "the paper's second SE-loss, on stage 3")
     dropout: float = option(0.1, "probability, before each pixel classifier")
+    drop_path: float = option(0.0, "probability of skipping the last residual block, in proportion for those before it")
     align_corners: bool = option(True, "bilinear resizes map corner to corner")
     reference_positions: float = option(0.0, "N_ref of the Encoding layer, (crop / stride)^2 is usual; 0: plain sum")
 
@@ -65,14 +67,18 @@ class Recipe:
     warmup: int = option(0, "steps of linear warm-up")
     clip: float = option(0.0, "largest gradient norm; 0: no clipping")
     ema: float = option(0.0, "decay per step of the averaged weights that are evaluated and kept; 0: none")
+    accumulate: int = option(1, "parts of a step, worked off one after the other; batch norm sees a part at a time")
+    compile: bool = option(False, "run the network and the loss through torch.compile")
     precision: str = option("fp32", "fp32, bf16 or fp16 (fp16: CUDA only)")
     channels_last: bool = option(True, "channels_last memory")
     presence_weight: float = option(0.2, "weight of the SE-loss")
     auxiliary_weight: float = option(0.2, "weight of the auxiliary head's loss")
+    label_smoothing: float = option(0.0, "share of a pixel's target that is spread over all classes")
     class_balance: float = option(0.0, "class weights are (1 / pixel frequency) to this power; 0: none")
     seed: int = option(0, "of weights, order, crops and dropout")
 
-    workers: int = option(1, "processes that prepare crops; 0: none")
+    cache: str = option("auto", "decoded pictures stay on the device, on the host, or off (read by workers each time)")
+    workers: int = option(1, "processes that read pictures where cache is off; 0: none")
     log_every: int = option(20, "steps between log lines")
     save_every: int = option(200, "steps between saves of last.pt")
     evaluate_every: int = option(5, "epochs between evaluations; the last epoch is always evaluated")
@@ -82,14 +88,19 @@ class Recipe:
             (self.optimizer in ("sgd", "adamw"), f"optimizer must be sgd or adamw, got {self.optimizer!r}"),
             (self.schedule in ("poly", "cosine"), f"schedule must be poly or cosine, got {self.schedule!r}"),
             (
+                self.cache in ("auto", "device", "host", "off"),
+                f"cache must be auto, device, host or off, got {self.cache!r}",
+            ),
+            (
                 self.precision in ("fp32", "bf16", "fp16"),
                 f"precision must be fp32, bf16 or fp16, got {self.precision!r}",
             ),
+            (self.encoding or not self.presence_weight, "encoding=false needs presence_weight=0"),
             (0 < self.scale_min <= self.scale_max, "scales must satisfy 0 < scale_min <= scale_max"),
             (0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}"),
             *(
                 (0 <= getattr(self, key) < 1, f"{key} must be in [0, 1), got {getattr(self, key)}")
-                for key in ("jitter", "white_balance")
+                for key in ("jitter", "white_balance", "label_smoothing")
             ),
             (0 < self.layer_decay <= 1, f"layer_decay must be in (0, 1], got {self.layer_decay}"),
             (
@@ -99,7 +110,16 @@ class Recipe:
             (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
             *(
                 (getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
-                for key in ("epochs", "batch", "crop", "base_size", "log_every", "save_every", "evaluate_every")
+                for key in (
+                    "epochs",
+                    "batch",
+                    "accumulate",
+                    "crop",
+                    "base_size",
+                    "log_every",
+                    "save_every",
+                    "evaluate_every",
+                )
             ),
             *(
                 (getattr(self, key) >= 0, f"{key} must not be negative, got {getattr(self, key)}")

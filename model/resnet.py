@@ -7,6 +7,7 @@ the first block of a dilated stage keeping the dilation of the stage before it.
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,13 +25,37 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
 
 
+class StochasticDepth(nn.Module):
+    """Zeroes a picture's residual with a probability in training, and makes up for it in the others.
+
+    Huang et al., "Deep Networks with Stochastic Depth" (ECCV 2016).
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.probability:
+            return x
+        kept = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.probability
+        return x * (kept / (1 - self.probability)).to(x.dtype)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions: the block of ResNet-18 and -34."""
 
     expansion = 1
 
     def __init__(
-        self, inputs: int, width: int, stride: int, dilation: int, first_dilation: int, downsample: nn.Module | None
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        dilation: int,
+        first_dilation: int,
+        downsample: nn.Module | None,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.conv1 = conv3x3(inputs, width, stride, first_dilation)
@@ -38,11 +63,12 @@ class BasicBlock(nn.Module):
         self.conv2 = conv3x3(width, width, dilation=dilation)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = downsample
+        self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+        return F.relu(self.drop_path(self.bn2(self.conv2(x))) + shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -51,7 +77,14 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, inputs: int, width: int, stride: int, dilation: int, first_dilation: int, downsample: nn.Module | None
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        dilation: int,
+        first_dilation: int,
+        downsample: nn.Module | None,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
@@ -61,12 +94,13 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
         self.downsample = downsample
+        self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
-        return F.relu(self.bn3(self.conv3(x)) + shortcut)
+        return F.relu(self.drop_path(self.bn3(self.conv3(x))) + shortcut)
 
 
 BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -81,11 +115,11 @@ DEEP_STEM_WIDTHS = {"s": (64, 64, 128), "c": (32, 32, 64)}
 class ResNet(nn.Module):
     """A ResNet without its classifier whose last stages trade stride for dilation.
 
-    name: one of `model.config.BACKBONES`; output_stride: 8 or 16.
+    name: one of `model.config.BACKBONES`; output_stride: 8 or 16; drop_path: see `model.config.ModelConfig`.
     `widths` holds the channels of the four stages.
     """
 
-    def __init__(self, name: str, output_stride: int = 8) -> None:
+    def __init__(self, name: str, output_stride: int = 8, drop_path: float = 0.0) -> None:
         super().__init__()
         digits = "".join(filter(str.isdigit, name))
         block, depths = BLOCKS[int(digits)]
@@ -108,7 +142,7 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
-        stride_so_far, dilation = 4, 1
+        stride_so_far, dilation, blocks_so_far = 4, 1, 0
         self.widths: list[int] = []
         for number, (width, depth, stage_stride) in enumerate(
             zip((64, 128, 256, 512), depths, (1, 2, 2, 2), strict=True), start=1
@@ -126,9 +160,16 @@ class ResNet(nn.Module):
                     downsample = nn.Sequential(
                         nn.Conv2d(channels, outputs, 1, stride=block_stride, bias=False), nn.BatchNorm2d(outputs)
                     )
+                blocks_so_far += 1
                 blocks.append(
                     block(
-                        channels, width, block_stride, dilation, first_dilation if index == 0 else dilation, downsample
+                        channels,
+                        width,
+                        block_stride,
+                        dilation,
+                        first_dilation if index == 0 else dilation,
+                        downsample,
+                        drop_path * blocks_so_far / sum(depths),
                     )
                 )
                 channels = outputs

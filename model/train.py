@@ -1,15 +1,19 @@
 """Train EncNet: `python -m model.train --data DIR --out DIR [--config RECIPE.toml] [key=value ...]`.
 
 Several processes: `torchrun --nproc-per-node=N -m model.train ...` (DDP with synchronised batch norm; `batch` is the
-number of crops over all processes together).
+number of crops over all processes together). After a crash `torchrun --max-restarts=N` starts the processes again,
+and they go on from last.pt; on several nodes DIR must be a folder that all of them see.
 
 DIR of --out receives last.pt (weights and everything `--resume` needs), best.pt (weights that did best on the
-validation split), final.pt (weights at the end) and TensorBoard events.
+validation split), final.pt (weights at the end), curves.json and curves.png, TensorBoard events, and at the end
+final.evaluation/ with the validation split's figures, table and contact sheet.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import gc
 import math
 import os
 import sys
@@ -17,19 +21,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from model import evaluate as evaluation
 from model import sync_batchnorm
-from model.augment import Augmentation, StepSampler, TrainingCrops
+from model.augment import Augmentation, StepSampler
 from model.backbone_weights import BackboneWeights, read_backbone_weights
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from model.curves import write_curves
 from model.data import DataError, open_dataset, problems, repeats
 from model.encnet import EncNet
 from model.evaluate import Evaluation, Options, evaluate
@@ -38,11 +43,14 @@ from model.fine_tuning import frozen_parts, hold, parameter_groups
 from model.foreign import listing
 from model.losses import Losses, encnet_loss
 from model.metrics import mean_iou, pixel_accuracy
+from model.pictures import TrainingCrops, in_memory
 from model.predict import normalise
+from model.processes import group_id, init_process_group, restarted
 from model.progress import training_progress
 from model.recipe import Recipe, RecipeError, continued, options_table, read_recipe
 
-BOOKKEEPING = {"workers", "log_every", "save_every", "evaluate_every"}
+BOOKKEEPING = {"cache", "workers", "log_every", "save_every", "evaluate_every"}
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE_PICTURES = 4
 
 
@@ -69,8 +77,8 @@ def class_weights(crops: TrainingCrops, num_classes: int, exponent: float) -> Te
     """(C,) float: (1 / pixel frequency)^exponent, scaled so that the mean over pixels is 1; None for exponent 0."""
     if not exponent:
         return None
-    counts = sum(numpy.bincount(mask.ravel(), minlength=256)[:num_classes] for _, mask in crops.samples)
-    frequency = torch.from_numpy(numpy.maximum(counts, 1) / numpy.maximum(counts, 1).sum())
+    counts = crops.label_counts(num_classes).clamp_min(1).double()
+    frequency = counts / counts.sum()
     weights = frequency**-exponent
     return (weights / (weights * frequency).sum()).float()
 
@@ -78,18 +86,21 @@ def class_weights(crops: TrainingCrops, num_classes: int, exponent: float) -> Te
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move averaged weights and statistics towards the model's; the decay grows into its value over the first steps."""
-    rate = 1 - min(decay, (1 + step) / (10 + step))
-    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, rate)
-        else:
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(list(means), list(values), None)
+    for mean, value in pairs:
+        if not mean.is_floating_point():
             mean.copy_(value)
 
 
 def validate(run: "Run") -> Evaluation:
     """The weights worth serving on the validation split, whole pictures at a single scale."""
     recipe = run.recipe
-    options = Options("val", (1.0,), False, "whole", "softmax", recipe.crop, recipe.base_size, 0)
+    batch, precision = recipe.batch // recipe.accumulate, "bf16" if recipe.precision != "fp32" else "fp32"
+    options = Options(
+        "val", (1.0,), False, "whole", "softmax", recipe.crop, recipe.base_size, 0, batch=batch, precision=precision
+    )
     run.average.eval()
     try:
         return evaluate(run.checkpoint(), run.average, run.validation, options, run.device)
@@ -103,14 +114,18 @@ class Run:
     def __init__(self, recipe: Recipe, data: Path, out: Path, console: Console) -> None:
         self.recipe, self.out, self.console = recipe, out, console
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if recipe.batch % self.processes:
-            raise RecipeError(f"batch={recipe.batch} must be a multiple of the {self.processes} processes")
+        if recipe.batch % (self.processes * recipe.accumulate):
+            times = f" times accumulate={recipe.accumulate}" if recipe.accumulate > 1 else ""
+            raise RecipeError(f"batch={recipe.batch} must be a multiple of the {self.processes} processes{times}")
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if recipe.precision == "fp16" and not cuda:
             raise RecipeError("precision=fp16 needs a CUDA device; use bf16 or fp32 here")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
         if self.processes > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            init_process_group("nccl" if cuda else "gloo")
 
         self.validation = open_dataset(data, "val", recipe.layout)
         train = open_dataset(data, "train", recipe.layout)
@@ -125,7 +140,11 @@ class Run:
             recipe.gamma,
             recipe.white_balance,
         )
-        self.crops = TrainingCrops(train, options, recipe.seed, (fill[0], fill[1], fill[2]))
+        fill_rgb = (fill[0], fill[1], fill[2])
+        self.crops = TrainingCrops(train, options, recipe.seed, fill_rgb, self.device, recipe.cache, recipe.workers)
+        if self.rank == 0 and self.crops.cache != "off":
+            self.validation = in_memory(self.validation)
+        self.mean, self.std = (torch.tensor(values, device=self.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.steps_per_epoch = len(train) // recipe.batch
         if not self.steps_per_epoch:
             raise RecipeError(f"batch={recipe.batch} is more than the {len(train)} pictures of the train split")
@@ -137,15 +156,21 @@ class Run:
         self.network = EncNet(recipe.model_config(len(train.classes))).to(self.device, memory_format=memory)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.network).eval() if recipe.ema else self.network
         self.frozen: list[str] = []
+        self.objective = encnet_loss
         self.model: nn.Module = self.network
         if self.processes > 1:
             self.network = sync_batchnorm.convert(self.network)  # type: ignore[assignment]
             self.model = self.parallel()
+        if recipe.compile:
+            self.network.compile()
+            if self.processes == 1:  # with several, the loss talks to the others
+                self.objective = torch.compile(encnet_loss)
         self.optimizer = make_optimizer(self.network, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         weights = class_weights(self.crops, len(self.classes), recipe.class_balance)
         self.class_weights = weights.to(self.device) if weights is not None else None
         self.step, self.best = 0, 0.0
+        self.curves: dict[str, list[dict[str, float]]] = {"training": [], "validation": []}
         torch.manual_seed(recipe.seed + 1 + self.rank)
 
     def parallel(self) -> nn.Module:
@@ -185,6 +210,8 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "random": states,
             "best": self.best,
+            "curves": self.curves,
+            "group": group_id(),
         }
         save_checkpoint(self.out / "last.pt", self.checkpoint(training))
 
@@ -215,6 +242,7 @@ class Run:
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
         self.step, self.best = checkpoint.step, training["best"]
+        self.curves = training.get("curves", self.curves)
         if len(training["random"]) != self.processes:
             raise RecipeError(
                 f"this run was started with {len(training['random'])} processes; "
@@ -224,6 +252,8 @@ class Run:
         torch.set_rng_state(cpu)
         for state in cuda:
             torch.cuda.set_rng_state(state)
+        if self.rank == 0:
+            self.console.print(f"continuing at step {self.step} of {self.steps}", highlight=False)
 
     def training_mode(self) -> None:
         """Everything learns but the frozen parts of the backbone."""
@@ -245,50 +275,76 @@ class Run:
             self.console.print(f"epoch {epoch + 1}: {text}", highlight=False)
 
     def train_step(self, images: Tensor, masks: Tensor) -> Losses:
-        """One optimizer step on uint8 (B, 3, H, W) and (B, H, W)."""
-        recipe = self.recipe
+        """One optimizer step on uint8 (B, 3, H, W) and (B, H, W) on the device, in `accumulate` parts.
+
+        Returns the losses of this process's crops; nothing here waits for a GPU.
+        """
         self.freeze()
-        factor = learning_rate_factor(self.step, self.steps, recipe)
+        factor = learning_rate_factor(self.step, self.steps, self.recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_rate"] * factor
-        images, masks = images.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True)
-        batch = normalise(images.permute(0, 2, 3, 1), IMAGENET_MEAN, IMAGENET_STD)
-        if recipe.channels_last:
-            batch = batch.contiguous(memory_format=torch.channels_last)
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
+        count = self.recipe.accumulate
+        shares = []
+        for part, crops in enumerate(zip(images.chunk(count), masks.chunk(count), strict=True), start=1):
+            # Until the last part the gradients stay with their process.
+            parallel = self.model if isinstance(self.model, DistributedDataParallel) else None
+            with parallel.no_sync() if parallel and part < count else contextlib.nullcontext():
+                losses = self.losses_of(*crops, masks)
+                self.scaler.scale(losses.total).backward()
+            shares.append([value.detach() for value in losses])
+        self.update_weights()
+        return Losses(*(torch.stack(values).sum() for values in zip(*shares, strict=True)))
+
+    def losses_of(self, images: Tensor, masks: Tensor, whole: Tensor) -> Losses:
+        """Forward pass and losses of a part of a step's crops; whole: the masks of all parts."""
+        recipe = self.recipe
+        batch = normalise(images.permute(0, 2, 3, 1), self.mean, self.std)
+        memory = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        half = HALF.get(recipe.precision)
         with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
-            outputs = self.model(batch)
-        losses = encnet_loss(
+            outputs = self.model(batch.contiguous(memory_format=memory))
+        return self.objective(
             outputs,
             masks,
             presence_weight=recipe.presence_weight,
             auxiliary_weight=recipe.auxiliary_weight,
             class_weights=self.class_weights,
+            label_smoothing=recipe.label_smoothing,
+            whole=whole,
         )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses.total).backward()
+
+    def update_weights(self) -> None:
+        """Step the optimizer with the gradients that were added up, and the averaged weights."""
+        recipe = self.recipe
         if recipe.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if recipe.ema:
             update_average(self.average, self.network, recipe.ema, self.step)
-        return losses
 
 
-def train(run: Run) -> None:
-    """From where the run stands to its end, saving, logging and evaluating on the way."""
+def is_over(run: Run, until: float) -> bool:
+    """Whether the time is up by the clock of the first process, for all of them."""
+    over = time.monotonic() >= until
+    if run.processes > 1 and until < math.inf:
+        flag = torch.tensor(int(over), device=run.device)
+        dist.broadcast(flag, 0)
+        over = bool(flag)
+    return over
+
+
+def train(run: Run, until: float = math.inf) -> bool:
+    """From where the run stands to its end, saving, logging and evaluating on the way; whether the end was reached.
+
+    until: a time of `time.monotonic()` at which to save and stop, looked at every `log_every` steps.
+    """
     recipe, first = run.recipe, run.rank == 0
-    sampler = StepSampler(len(run.crops), recipe.batch, recipe.epochs, recipe.seed, run.step, run.rank, run.processes)
-    loader = DataLoader(
-        run.crops,
-        batch_sampler=sampler,
-        num_workers=recipe.workers,
-        prefetch_factor=4 if recipe.workers else None,
-        pin_memory=run.device.type == "cuda",
-        generator=torch.Generator(),  # its own: the global one decides dropout and must not depend on restarts
+    sampler = StepSampler(
+        len(run.crops), recipe.batch, recipe.epochs, recipe.seed, run.step, run.rank, run.processes, recipe.accumulate
     )
     writer = None
     if first:
@@ -299,13 +355,13 @@ def train(run: Run) -> None:
     with training_progress(run.console, recipe.epochs, "crops", first and run.console.is_terminal) as progress:
         bar = progress.add_task("", total=run.steps, completed=run.step, epoch=0, loss=math.nan, rate=0.0)
         since, since_step = time.monotonic(), run.step
-        for images, masks in loader:
+        for images, masks in run.crops.batches(sampler):
             losses = run.train_step(images, masks)
             epoch = -(-run.step // run.steps_per_epoch)
             if run.step % recipe.log_every == 0 and first:
                 rate = (run.step - since_step) * recipe.batch / (time.monotonic() - since)
                 since, since_step = time.monotonic(), run.step
-                values = {key: float(value.detach()) for key, value in losses._asdict().items()}
+                values = dict(zip(losses._fields, torch.stack(losses).tolist(), strict=True))
                 if not math.isfinite(values["total"]):
                     raise RecipeError(
                         f"the loss is {values['total']} at step {run.step}: "
@@ -323,6 +379,7 @@ def train(run: Run) -> None:
                     writer.add_scalar(f"loss/{key}", value, run.step)
                 writer.add_scalar("learning_rate", run.optimizer.param_groups[0]["lr"], run.step)
                 writer.add_scalar("crops_per_second", rate, run.step)
+                run.curves["training"].append({"step": run.step, **values, "crops_per_second": rate})
             at_epoch_end = run.step % run.steps_per_epoch == 0
             if at_epoch_end and (epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs) and first:
                 assert writer is not None
@@ -334,6 +391,8 @@ def train(run: Run) -> None:
                 )
                 writer.add_scalar("validation/mIoU", miou, run.step)
                 writer.add_scalar("validation/pixel_accuracy", accuracy, run.step)
+                run.curves["validation"].append({"step": run.step, "miou": miou, "pixel_accuracy": accuracy})
+                write_curves(run.out, recipe.name, run.curves)
                 for sample in result.samples[:SAMPLE_PICTURES]:
                     row = sample_row(sample.image, sample.truth, sample.mask, run.palette)
                     writer.add_image(f"validation/{sample.name}", row, run.step, dataformats="HWC")
@@ -341,13 +400,31 @@ def train(run: Run) -> None:
                     run.best = (miou + accuracy) / 2
                     save_checkpoint(run.out / "best.pt", run.checkpoint())
                 since, since_step = time.monotonic(), run.step
-            if run.step % recipe.save_every == 0 or run.step == run.steps:
+            stopping = run.step < run.steps and run.step % recipe.log_every == 0 and is_over(run, until)
+            if run.step % recipe.save_every == 0 or run.step == run.steps or stopping:
                 run.save()
+            if stopping:
+                break
     if first:
-        save_checkpoint(run.out / "final.pt", run.checkpoint())
         assert writer is not None
         writer.close()
+    if run.step < run.steps:
+        if first:
+            run.console.print(f"time is up at step {run.step} of {run.steps}; --resume goes on", highlight=False)
+        return False
+    if first:
+        save_checkpoint(run.out / "final.pt", run.checkpoint())
         run.console.print(f"wrote {run.out / 'final.pt'}", highlight=False)
+    return True
+
+
+def report(run: Run, data: Path) -> None:
+    """The final weights' evaluation on the validation split, in final.evaluation/."""
+    precision = "bf16" if run.recipe.precision != "fp32" else "fp32"
+    words = ["--split", "val", "--device", str(run.device), "--batch", str(run.recipe.batch), "--precision", precision]
+    words += ["--layout", run.recipe.layout] if run.recipe.layout else []
+    arguments = evaluation.parser().parse_args([str(run.out / "final.pt"), "--data", str(data), *words])
+    evaluation.run(arguments, run.console, run.console)
 
 
 def check_data(root: Path, console: Console, layout: str) -> int:
@@ -395,6 +472,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--backbone-weights", type=Path, metavar="FILE", help="ResNet weights (timm, torchvision, ...) to start from"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it was saved")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="N", help="save and stop after so long; --resume goes on"
+    )
     parser.add_argument("--check-data", action="store_true", help="only check the data set, then stop")
     return parser.parse_intermixed_args(arguments)
 
@@ -405,9 +485,11 @@ def stored_recipe(checkpoint: Checkpoint, given: dict[str, Any]) -> Recipe:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    started = time.monotonic()
     options = parse(arguments)
     console = Console(soft_wrap=True)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    run: Run | None = None
     try:
         given = read_recipe(options.config, options.options)
         if options.check_data:
@@ -415,6 +497,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is None:
             raise RecipeError("--out DIR is needed: the folder that receives the checkpoints")
         last = options.out / "last.pt"
+        if last.exists() and group_id() and restarted((load_checkpoint(last).training or {}).get("group", "")):
+            options.resume, options.initial, options.backbone_weights = True, None, None
         if last.exists() and not options.resume:
             raise RecipeError(f"{options.out} already holds a run; add --resume, or choose another folder")
         if options.resume and not last.exists():
@@ -445,12 +529,16 @@ def main(arguments: list[str] | None = None) -> int:
         if backbone:
             run.take_backbone(backbone)
         del saved, initial, backbone
-        train(run)
+        if train(run, started + 60 * options.minutes) and run.rank == 0:
+            report(run, options.data)
     except (RecipeError, DataError, CheckpointError, OSError) as error:
         errors.print(f"error: {error}")
         return 2
     finally:
         if dist.is_available() and dist.is_initialized():
+            # Before the group, what uses it: freed after it, a Reducer takes gloo's threads along and can wait forever.
+            run = None
+            gc.collect()
             dist.destroy_process_group()
     return 0
 

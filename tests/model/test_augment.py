@@ -1,64 +1,127 @@
-"""Crops: decided by their key alone, geometry equal for picture and mask, padding ignored."""
+"""Crops: decided by their key alone, equal to Pillow's, geometry equal for picture and mask, padding ignored."""
 
 import numpy
 import pytest
 import torch
 from numpy.random import default_rng
 
-from model.augment import Augmentation, StepSampler, TrainingCrops, augment
+from model.augment import Augmentation, Draw, StepSampler, crops, draw, draw_for, pack, stack
+from model.pictures import places_of
+from tests.model.pillow_crops import crop_of
 
 FILL = (1, 2, 3)
+AS_IT_IS = {"scale": (1.0, 1.0), "mirror": False, "rotation": 0.0, "jitter": 0.0}
 
 
-class Pair:
-    """A data set of one picture whose red channel is its label."""
-
-    def __len__(self):
-        return 1
-
-    def load(self, index):
-        rows, columns = numpy.mgrid[0:60, 0:80]
-        mask = ((rows // 12) * 7 + columns // 16).astype(numpy.uint8)
-        return numpy.stack([mask, mask, mask], -1), mask
+def squares():
+    """A picture whose channels are its labels."""
+    rows, columns = numpy.mgrid[0:60, 0:80]
+    mask = ((rows // 12) * 7 + columns // 16).astype(numpy.uint8)
+    return numpy.stack([mask, mask, mask], -1), mask
 
 
-def crops(seed=0, **options):
-    return TrainingCrops(Pair(), Augmentation(32, 80, **options), seed, FILL)
+def photograph(height, width, seed=0):
+    """Smooth colours with edges, and a label to every corner."""
+    random = default_rng(seed)
+    coarse = random.integers(0, 256, (2 + height // 9, 2 + width // 9, 3))
+    image = coarse.repeat(9, 0).repeat(9, 1)[:height, :width] + random.integers(-9, 10, (height, width, 3))
+    rows, columns = numpy.mgrid[0:height, 0:width]
+    return image.clip(0, 255).astype(numpy.uint8), ((rows > height / 2) * 2 + (columns > width / 2)).astype(numpy.uint8)
 
 
-def test_the_same_key_gives_the_same_crop_and_others_do_not():
-    first, again = crops()[(3, 0)], crops()[(3, 0)]
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], crops()[(4, 0)][0])
-    assert not torch.equal(first[0], crops(seed=1)[(3, 0)][0])
+def cut(samples, draws: list[Draw], crop):
+    """The crops of these pictures as numpy arrays (B, crop, crop, 3) and (B, crop, crop)."""
+    packed = torch.cat([pack(*sample) for sample in samples])
+    places = places_of([mask.shape for _, mask in samples])
+    images, masks = crops(packed, places, stack(draws), crop, torch.tensor(FILL, dtype=torch.uint8))
+    assert images.dtype == masks.dtype == torch.uint8
+    assert images.shape == (len(samples), 3, crop, crop) and masks.shape == (len(samples), crop, crop)
+    return images.permute(0, 2, 3, 1).numpy(), masks.numpy()
 
 
-def test_shapes_and_dtypes():
-    image, mask = crops()[(0, 0)]
-    assert image.shape == (3, 32, 32) and mask.shape == (32, 32)
-    assert image.dtype == mask.dtype == torch.uint8
+def drawn(key, size, seed=0, **options):
+    return draw_for(key, size, Augmentation(32, 80, **options), seed)
+
+
+def test_the_same_key_draws_the_same_and_others_do_not():
+    size = (60, 80)
+    assert drawn((3, 0), size) == drawn((3, 0), size)
+    assert (
+        len({drawn(key, size, seed).matrix for key, seed in (((3, 0), 0), ((4, 0), 0), ((3, 1), 0), ((3, 0), 1))}) == 4
+    )
+
+
+@pytest.mark.parametrize("size", [(60, 80), (90, 61)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"jitter": 0.0},
+        {"jitter": 0.4},
+        {"jitter": 0.0, "gamma": 0.5, "white_balance": 0.2},
+        {"jitter": 0.3, "gamma": 0.3, "white_balance": 0.1},
+    ],
+)
+def test_crops_are_pillows(size, options):
+    off, labels_off = [], []
+    for index in range(8):
+        sample, chosen = photograph(*size, seed=index), drawn((0, index), size, **options)
+        (image,), (mask,) = cut([sample], [chosen], 32)
+        expected, expected_mask = crop_of(*sample, chosen, 32, FILL)
+        off.append(numpy.abs(image.astype(int) - expected.astype(int)))
+        labels_off.append(mask != expected_mask)
+    assert (numpy.stack(off) <= 2).mean() > 0.999, "places that rounding moves across an edge aside"
+    assert numpy.stack(off).mean() < 0.05
+    assert numpy.stack(labels_off).mean() < 0.001
+
+
+def test_a_crop_does_not_depend_on_its_batch():
+    sizes = [(60, 80), (90, 61), (33, 120), (60, 80)]
+    samples = [photograph(*size, seed=index) for index, size in enumerate(sizes)]
+    draws = [drawn((5, index), size, gamma=0.3) for index, size in enumerate(sizes)]
+    images, masks = cut(samples, draws, 32)
+    for index in range(4):
+        (image,), (mask,) = cut(samples[index : index + 1], draws[index : index + 1], 32)
+        assert (image == images[index]).all() and (mask == masks[index]).all()
 
 
 def test_picture_and_mask_are_warped_alike():
+    sample = squares()
     for epoch in range(20):
-        image, mask = crops(jitter=0.0)[(epoch, 0)]
+        (image,), (mask,) = cut([sample], [drawn((epoch, 0), (60, 80), jitter=0.0)], 32)
         labelled = mask != 255
-        difference = (image[0][labelled].int() - mask[labelled].int()).abs()
-        assert (difference <= 1).float().mean() > 0.6, "only interpolated edges may differ"
-        assert difference.float().median() == 0
+        difference = numpy.abs(image[..., 0][labelled].astype(int) - mask[labelled])
+        assert (difference <= 1).mean() > 0.6, "only interpolated edges may differ"
+        assert numpy.median(difference) == 0
 
 
 def test_what_lies_outside_is_filled_and_ignored():
-    image, mask = crops(scale=(0.3, 0.3), rotation=0.0, mirror=False, jitter=0.0)[(0, 0)]
+    chosen = drawn((0, 0), (60, 80), **AS_IT_IS | {"scale": (0.3, 0.3)})
+    (image,), (mask,) = cut([squares()], [chosen], 32)
     assert (mask[18:] == 255).all() and (mask[:, 24:] == 255).all() and (mask[:18, :24] != 255).all()
-    assert image[:, 20, 28].tolist() == list(FILL)
+    assert image[20, 28].tolist() == list(FILL)
 
 
 def test_mirroring_mirrors():
-    picture, mask = Pair().load(0)
-    plain = Augmentation(80, 80, (1.0, 1.0), mirror=True, rotation=0.0, jitter=0.0)
-    seen = {augment(picture, mask, plain, default_rng(seed), FILL)[1][:60].tobytes() for seed in range(20)}
-    assert seen == {mask.tobytes(), mask[:, ::-1].tobytes()}
+    picture, mask = squares()
+    options = Augmentation(80, 80, **AS_IT_IS | {"mirror": True})
+    draws = [draw(60, 80, options, default_rng(seed)) for seed in range(20)]
+    assert {cut([(picture, mask)], [one], 80)[1][0, :60].tobytes() for one in draws} == {
+        mask.tobytes(),
+        mask[:, ::-1].tobytes(),
+    }
+
+
+def test_draws_cover_their_ranges():
+    options = Augmentation(32, 80, scale=(0.5, 2.0), rotation=10.0, jitter=0.3)
+    draws = [draw_for((epoch, 0), (60, 80), options, 0) for epoch in range(400)]
+    zooms = numpy.array([1 / numpy.hypot(one.matrix[0], one.matrix[3]) for one in draws])
+    assert 0.5 <= zooms.min() < 0.55 and 1.95 < zooms.max() <= 2 and abs(zooms.mean() - 1.25) < 0.08
+    angles = numpy.degrees([numpy.arctan2(one.matrix[1], one.matrix[4]) for one in draws])
+    assert -10 <= angles.min() < -9.5 and 9.5 < angles.max() <= 10
+    assert 0.4 < numpy.mean([one.matrix[0] < 0 for one in draws]) < 0.6, "mirrored"
+    assert len({one.order for one in draws}) == 6
+    amounts = numpy.array([one.amounts for one in draws])
+    assert 0.7 <= amounts.min() < 0.71 and 1.29 < amounts.max() <= 1.3
 
 
 def test_a_sampler_resumes_in_the_middle_of_an_epoch():
@@ -73,3 +136,11 @@ def test_processes_share_every_batch(processes):
     shares = [list(StepSampler(10, 4, 2, seed=0, rank=rank, processes=processes)) for rank in range(processes)]
     joined = [[key for batch in batches for key in batch] for batches in zip(*shares, strict=True)]
     assert joined == list(StepSampler(10, 4, 2, seed=0))
+
+
+def test_processes_share_every_part_of_a_batch():
+    one = next(iter(StepSampler(20, 8, 1, seed=0, parts=2)))
+    ranks = [next(iter(StepSampler(20, 8, 1, seed=0, rank=rank, processes=2, parts=2))) for rank in (0, 1)]
+    for part in (slice(0, 2), slice(2, 4)):
+        together = slice(2 * part.start, 2 * part.stop)
+        assert [key for rank in ranks for key in rank[part]] == one[together]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from model.config import BACKBONES, ModelConfig
-from model.encnet import ContextEncoding, EncNet
-from model.resnet import ResNet
+from model.encnet import ContextEncoding, EncNet, surest_pixel
+from model.resnet import ResNet, StochasticDepth
 
 
 def parameters_in_millions(model):
@@ -84,6 +84,18 @@ def test_training_adds_the_auxiliary_outputs_that_were_configured():
     assert tiny(auxiliary=False).train()(torch.randn(2, 3, 32, 32)).aux_logits is None
 
 
+def test_without_encoding_it_is_an_fcn_whose_presence_is_its_surest_pixel():
+    model = tiny(encoding=False, detail=8, lateral=True).eval()
+    assert not [name for name, _ in model.named_parameters() if "context" in name or "presence" in name]
+    outputs = model(torch.randn(2, 3, 64, 96))
+    assert outputs.logits.shape == (2, 5, 64, 96)
+    logits = torch.tensor([[[[0.0, 5.0]], [[0.0, 1.0]], [[0.0, 1.0]]]])
+    sure = 1 / (1 + 2 * math.exp(-4))
+    expected = torch.tensor([[math.log(sure / (1 - sure)), math.log(1 / 2), math.log(1 / 2)]])
+    torch.testing.assert_close(surest_pixel(logits), expected)
+    assert outputs.presence_logits.shape == (2, 5) and outputs.presence_logits.isfinite().all()
+
+
 def test_context_encoding_by_the_paper_formula():
     torch.manual_seed(0)
     module = ContextEncoding(6, 3).eval()
@@ -97,6 +109,19 @@ def test_context_encoding_by_the_paper_formula():
     torch.testing.assert_close(scene, expected)
     gamma = torch.sigmoid(expected @ module.gate.weight.t() + module.gate.bias)[:, :, None, None]
     torch.testing.assert_close(gated, torch.relu(x * (1 + gamma)))
+
+
+def test_stochastic_depth_skips_pictures_more_often_the_deeper_the_block():
+    torch.manual_seed(0)
+    backbone = tiny(drop_path=0.4).backbone
+    probabilities = [module.probability for module in backbone.modules() if isinstance(module, StochasticDepth)]
+    assert probabilities == pytest.approx([0.05 * index for index in range(1, 9)])
+    layer, x = StochasticDepth(0.25), torch.ones(4000, 2, 3, 3)
+    dropped = layer(x)
+    assert dropped.unique().tolist() == [0, pytest.approx(4 / 3)]
+    assert dropped.mean() == pytest.approx(1, abs=0.03)
+    assert (dropped == dropped[:, :1, :1, :1]).all(), "whole pictures"
+    assert torch.equal(layer.eval()(x), x)
 
 
 def test_module_names_are_the_clean_names():
@@ -126,6 +151,7 @@ def test_module_names_are_the_clean_names():
         ({"output_stride": 4}, "output_stride must be 8 or 16"),
         ({"codewords": 0}, "codewords must be at least 1"),
         ({"num_classes": 0}, "num_classes must be at least 1"),
+        ({"encoding": False, "stage3_presence": True}, "stage3_presence needs encoding"),
     ],
 )
 def test_a_wrong_configuration_says_what_would_be_right(values, words):

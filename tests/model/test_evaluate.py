@@ -136,6 +136,24 @@ def test_windows_of_several_scales_with_mirrors(checkpoint, data, tmp_path, merg
     assert document["options"]["merge"] == merge
 
 
+def test_batches_change_no_figure(checkpoint, data, tmp_path):
+    """Three pictures of one size between others; more than a batch of them."""
+    for index in (3, 4):
+        for folder in ("images", "labels"):
+            (data / folder / f"p{index}.png").write_bytes((data / folder / "p1.png").read_bytes())
+    (data / "splits" / "test.txt").write_text("p1\np0\np3\np2\np4\n")
+    documents = []
+    for batch in (1, 2):
+        assert run(checkpoint, "--data", data, "--batch", batch, "--output", tmp_path / str(batch)) == 0
+        documents.append(read(tmp_path / str(batch)))
+    one, two = documents
+    assert one["classes"] == two["classes"] and one["confusion"] == two["confusion"]
+    sheets = [(tmp_path / str(batch) / "contact_sheet.png").read_bytes() for batch in (1, 2)]
+    assert sheets[0] == sheets[1], "pictures keep their order"
+    assert run(checkpoint, "--data", data, "--batch", 2, "--precision", "bf16", "--output", tmp_path / "half") == 0
+    assert read(tmp_path / "half")["options"]["precision"] == "bf16"
+
+
 def test_limit_and_base_size(checkpoint, data, tmp_path):
     assert run(checkpoint, "--data", data, "--limit", 1, "--base-size", 48, "--scales", "0.5,1") == 0
     document = read(tmp_path / "net.evaluation")

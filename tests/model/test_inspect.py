@@ -141,6 +141,12 @@ def test_any_number_of_classes_and_codes(classes, codewords, image):
     assert sum(title.startswith("code ") for title in titles) == min(codewords, 32)
 
 
+def test_a_network_without_codewords_is_one_sentence(image):
+    checkpoint = make_checkpoint(dataclasses.replace(CONFIG, encoding=False))
+    with pytest.raises(inspect.InspectError, match="no Context Encoding Module"):
+        inspect.look(build_model(checkpoint), checkpoint, image)
+
+
 def test_without_out_it_is_named_after_the_picture(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert inspect.main([*map(str, files)]) == 0

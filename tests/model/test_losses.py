@@ -41,6 +41,14 @@ def test_class_weights_are_those_of_cross_entropy():
     assert losses.pixel == pytest.approx(float(F.cross_entropy(logits, mask, weights, ignore_index=255)), rel=1e-5)
 
 
+def test_label_smoothing_is_that_of_cross_entropy():
+    logits, mask, presence = batch()
+    losses = encnet_loss(Outputs(logits, presence, 2 * logits), mask, label_smoothing=0.1)
+    for found, scores in ((losses.pixel, logits), (losses.auxiliary, 2 * logits)):
+        expected = F.cross_entropy(scores, mask, ignore_index=255, label_smoothing=0.1)
+        assert found == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_ignored_pixels_have_no_gradient():
     logits, mask, presence = batch()
     logits.requires_grad_()

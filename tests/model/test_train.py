@@ -1,5 +1,6 @@
 """Training as a user meets it: learns, resumes exactly after kill -9, agrees over processes, refuses nonsense."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -7,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from model import train
 from model.checkpoint import build_model, load_checkpoint
+from model.config import ModelConfig
+from model.encnet import EncNet, Outputs
+from model.losses import encnet_loss
 from model.recipe import Recipe, RecipeError, read_recipe
 from tests.model.folders import write_scenes
 
@@ -50,20 +55,46 @@ def identical(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_resume_after_kill_9_in_mid_epoch_is_exact(scenes, tmp_path):
+@pytest.mark.parametrize("cache", ["device", "off"])
+def test_resume_after_kill_9_in_mid_epoch_is_exact(scenes, tmp_path, cache):
     options = [*TINY, "ema=0.9", "dropout=0.3", "clip=1.0", "precision=bf16", "warmup=4"]
-    run("--data", scenes, "--out", tmp_path / "whole", *options)
+    options += ["class_balance=0.3", "accumulate=2", "save_every=4", f"cache={cache}", "workers=1"]
+    assert train.main(["--data", str(scenes), "--out", str(tmp_path / "whole"), *options]) == 0
     killed = run(
         "--data", scenes, "--out", tmp_path / "killed", *options, program=("-c", KILLED_AT_STEP_5), check=False
     )
     assert killed.returncode == -signal.SIGKILL
-    assert load_checkpoint(tmp_path / "killed" / "last.pt").step == 3, "saved at step 3, killed at 5, epoch of 3 steps"
+    assert load_checkpoint(tmp_path / "killed" / "last.pt").step == 4, "killed at 5; an epoch has 3"
     assert not (tmp_path / "killed" / "final.pt").exists()
-    run("--data", scenes, "--out", tmp_path / "killed", "--resume")
+    assert train.main(["--data", str(scenes), "--out", str(tmp_path / "killed"), "--resume"]) == 0
     whole, resumed = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
     assert identical(whole.weights, resumed.weights), "averaged weights"
     assert identical(whole.training["model"], resumed.training["model"]), "trained weights"
     assert whole.step == resumed.step == 9
+    steps = [[row["step"] for row in run.training["curves"]["training"]] for run in (whole, resumed)]
+    assert steps[0] == steps[1] == list(range(1, 10))
+
+
+def test_a_run_is_worked_off_in_pieces_and_its_figures_stand_beside_its_weights(scenes, tmp_path, capsys):
+    options = ["--data", str(scenes), "--out", str(tmp_path / "pieces")]
+    assert train.main([*options, *TINY, "--minutes", "0"]) == 0
+    assert "time is up at step 1 of 9; --resume goes on" in capsys.readouterr().out
+    assert not (tmp_path / "pieces" / "final.pt").exists()
+    assert train.main([*options, "--resume", "--minutes", "9"]) == 0
+    assert "continuing at step 1 of 9" in capsys.readouterr().out
+    assert train.main(["--data", str(scenes), "--out", str(tmp_path / "whole"), *TINY]) == 0
+    pieces, whole = (load_checkpoint(tmp_path / name / "final.pt") for name in ("pieces", "whole"))
+    assert identical(pieces.weights, whole.weights)
+
+    folder = tmp_path / "pieces"
+    curves = json.loads((folder / "curves.json").read_text())
+    assert [row["step"] for row in curves["training"]] == list(range(1, 10))
+    assert curves["validation"][-1]["step"] == 9
+    for name in ("curves.png", "final.evaluation/contact_sheet.png"):
+        with Image.open(folder / name) as figure:
+            assert min(figure.size) > 200
+    totals = json.loads((folder / "final.evaluation" / "evaluation.json").read_text())["totals"]
+    assert totals["miou"] == pytest.approx(curves["validation"][-1]["miou"], abs=1e-6)
 
 
 GRADIENTS = """
@@ -115,6 +146,99 @@ def test_torchrun_trains_and_resumes(scenes, tmp_path):
     refused = run(*options[2:], "--resume", check=False)
     assert refused.returncode == 2
     assert "started with 2 processes; resume it with as many, not with 1" in refused.stderr
+
+
+KILLED_ONCE = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+from model import train
+step = train.Run.train_step
+def train_step(run, images, masks):
+    if run.step == 5 and run.rank == run.processes - 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(run, images, masks)
+train.Run.train_step = train_step
+sys.exit(train.main(sys.argv[1:]))
+"""
+STEPS = ["batch=4", "accumulate=1", "epochs=8", "optimizer=sgd", "learning_rate=0.01", "workers=0"]
+
+
+def launch_and_kill_once(processes, scenes, out, *options):
+    script = out.with_suffix(".py")
+    script.write_text(KILLED_ONCE)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=1")
+    printed = run(script, ROOT, "--data", scenes, "--out", out, *TINY, *STEPS, *options, program=launcher).stdout
+    assert "continuing at step 3 of 8" in printed
+    return load_checkpoint(out / "last.pt")
+
+
+def test_two_processes_of_which_one_is_killed_end_with_the_weights_of_an_unbroken_run(scenes, tmp_path):
+    launch(2, "-m", "model.train", "--data", scenes, "--out", tmp_path / "whole", *TINY, *STEPS)
+    whole = load_checkpoint(tmp_path / "whole" / "last.pt")
+    killed = launch_and_kill_once(2, scenes, tmp_path / "killed")
+    assert whole.step == killed.step == 8
+    assert identical(whole.weights, killed.weights), "bit for bit"
+
+
+def test_four_processes_of_which_one_is_killed_end_with_the_weights_of_one_process(scenes, tmp_path):
+    """Sums in another order move the last bits, and steps multiply that; dropout differs with the process."""
+    options = ["dropout=0.0", "learning_rate=0.00003"]
+    assert train.main(["--data", str(scenes), "--out", str(tmp_path / "one"), *TINY, *STEPS, *options]) == 0
+    one = load_checkpoint(tmp_path / "one" / "last.pt")
+    killed = launch_and_kill_once(4, scenes, tmp_path / "killed", *options)
+    assert killed.step == one.step == 8
+    torch.manual_seed(0)
+    network = EncNet(one.config)
+    names = [name for name, _ in network.named_parameters()]
+    first, alone, four = (
+        torch.cat([weights[name].flatten() for name in names])
+        for weights in (network.state_dict(), one.weights, killed.weights)
+    )
+    assert (four - alone).norm() < 0.05 * (alone - first).norm(), "a lost step or momentum would be far more"
+    for name, _ in network.named_buffers():
+        torch.testing.assert_close(killed.weights[name], one.weights[name], rtol=1e-2, atol=1e-3)
+
+
+def test_a_step_in_parts_has_the_gradients_of_the_parts_together():
+    """Without batch norm and dropout a step does not depend on its division."""
+    random = torch.Generator().manual_seed(0)
+    masks = torch.randint(0, 3, (4, 8, 8), generator=random)
+    masks[0] = 255
+    masks[1, :6] = 255
+    weights = torch.tensor([1.0, 2.0, 3.0])
+
+    def gradients(parts):
+        logits = torch.linspace(-1, 1, 4 * 3 * 8 * 8).view(4, 3, 8, 8).requires_grad_()
+        presence = torch.linspace(-2, 1, 12).view(4, 3).requires_grad_()
+        for part in torch.arange(4).chunk(parts):
+            outputs = Outputs(logits[part], presence[part], 2 * logits[part], 3 * presence[part])
+            encnet_loss(outputs, masks[part], class_weights=weights, whole=masks).total.backward()
+        return logits.grad, presence.grad
+
+    for parts in (2, 4):
+        for ours, expected in zip(gradients(parts), gradients(1), strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(scenes, tmp_path, capsys):
+    assert train.main(["--data", str(scenes), "--out", str(tmp_path / "run"), *TINY, "accumulate=3"]) == 2
+    assert "batch=2 must be a multiple of the 1 processes times accumulate=3" in capsys.readouterr().err
+
+
+def test_the_network_compiles_whole_and_computes_the_same():
+    """Without the code generator, which takes minutes on a CPU; `make gpu-check` and benchmarks.training use it."""
+    torch.manual_seed(0)
+    network = EncNet(ModelConfig(3, "resnet18", channels=16, codewords=4, dropout=0.0)).train()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    objective = torch.compile(encnet_loss, fullgraph=True, backend="aot_eager")
+    images, masks = torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32))
+    found = []
+    for model, loss in ((network, encnet_loss), (compiled, objective)):
+        network.zero_grad()
+        loss(model(images), masks, whole=masks).total.backward()
+        found.append([parameter.grad.clone() for parameter in network.parameters()])
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_it_learns_and_its_checkpoint_is_complete(scenes, tmp_path, capsys):

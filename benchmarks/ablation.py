@@ -1,0 +1,165 @@
+"""What the parts of EncNet give: an FCN, + Encoding, + the SE-loss, all else equal, over several seeds.
+
+    python -m benchmarks.ablation --data camvid --config model/recipes/ablation-camvid.toml --out runs/ablation-camvid
+    python -m benchmarks.ablation --data msrc21 --config model/recipes/ablation-msrc21.toml --out runs/ablation-msrc21
+
+Started again, it goes on where it was stopped; runs that are finished are not done again. After every run the table is
+printed and everything so far is written to --output. Deltas are means over the seeds that both variants have, of the
+differences between runs of the same seed, with their standard deviations.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.runs import Job, RunError, advance
+from model.files import replacing
+from model.recipe import Recipe, RecipeError, read_recipe
+
+RESULTS = Path(__file__).parent / "results"
+VIEW = "test"
+FOLDERS = {"FCN": "fcn", "+ Encoding": "encoding", "+ Encoding + SE-loss": "se"}
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "FCN": ("encoding=false", "presence_weight=0"),
+    "+ Encoding": ("presence_weight=0",),
+    "+ Encoding + SE-loss": (),
+}
+FIGURES = ("miou", "pixel_accuracy", "class_accuracy", "presence_map")
+
+
+def jobs(data: Path, config: Path, seeds: int, options: tuple[str, ...]) -> dict[tuple[str, int], Job]:
+    """The runs by variant and seed, every variant once before the next seed."""
+    found = {}
+    for seed in range(seeds):
+        for variant, words in VARIANTS.items():
+            name, views = f"{FOLDERS[variant]}-{seed}", {VIEW: ("--split", "test", "--batch", "16")}
+            found[variant, seed] = Job(name, data, config, (*options, *words, f"seed={seed}"), views)
+    return found
+
+
+def row(job: Job, root: Path, variant: str, seed: int) -> dict[str, Any]:
+    """The figures of a finished run; presence is left out where nothing trained its head."""
+    totals = job.totals(root, VIEW)
+    figures = {key: totals[key] for key in FIGURES}
+    if variant == "+ Encoding":
+        figures["presence_map"] = None
+    return {"variant": variant, "seed": seed, **figures}
+
+
+def spread(values: list[float]) -> dict[str, float | int | None]:
+    """Mean and sample standard deviation, None for that of a single value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": deviation, "runs": len(values)}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation of every figure by variant, and the deltas of mIoU from each variant to the next."""
+    by_variant: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in VARIANTS}
+    for one in rows:
+        by_variant[one["variant"]][one["seed"]] = one
+    means = {
+        variant: {
+            key: spread([one[key] for one in runs.values()])
+            for key in FIGURES
+            if all(one[key] is not None for one in runs.values())
+        }
+        for variant, runs in by_variant.items()
+        if runs
+    }
+    deltas = {}
+    names = list(VARIANTS)
+    for before, after in pairwise(names):
+        seeds = by_variant[before].keys() & by_variant[after].keys()
+        if seeds:
+            gains = [by_variant[after][seed]["miou"] - by_variant[before][seed]["miou"] for seed in sorted(seeds)]
+            deltas[f"{before} -> {after}"] = spread(gains)
+    return {"means": means, "miou_deltas": deltas}
+
+
+def cell(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
+    deviation = "" if figure["std"] is None else f" ± {100 * figure['std']:.2f}"
+    return f"{100 * figure['mean']:.2f}{deviation}"
+
+
+def table(found: dict[str, Any], title: str) -> Table:
+    shown = Table(title=title)
+    for heading in ("variant", "runs", "mIoU %", "delta", "pixel accuracy %", "class accuracy %", "presence mAP %"):
+        shown.add_column(heading, justify="left" if heading == "variant" else "right")
+    deltas = {name.rpartition(" -> ")[2]: delta for name, delta in found["miou_deltas"].items()}
+    for variant, figures in found["means"].items():
+        cells = [cell(figures.get(key)) for key in FIGURES]
+        delta = deltas.get(variant)
+        gain = "" if delta is None else ("+" if delta["mean"] >= 0 else "") + cell(delta)
+        shown.add_row(variant, str(figures["miou"]["runs"]), cells[0], gain, *cells[1:])
+    return shown
+
+
+def write(
+    output: Path, planned: dict[tuple[str, int], Job], root: Path, about: dict[str, Any], console: Console
+) -> None:
+    """Write and print what the finished runs say."""
+    rows = [row(job, root, *key) for key, job in planned.items() if not job.missing(root)]
+    found = summary(rows)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output) as file:
+        file.write(json.dumps({**about, **found, "rows": rows}, indent=1).encode() + b"\n")
+    console.print(table(found, f"{about['data']}: {len(rows)} of {len(planned)} runs"))
+
+
+def describe(data: Path, config: Path, options: tuple[str, ...], seeds: int) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "command": f"python -m benchmarks.ablation --data {data.name} --config {config.name} --seeds {seeds} "
+        + " ".join(options),
+        "commit": commit,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "data": data.resolve().name,
+        "split": VIEW,
+        "recipe": read_recipe(config, list(options)),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("options", nargs="*", metavar="key=value", help="options of model.train, for every run")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set folder")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="recipe file (TOML)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all runs")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="stop after so long")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="instead of benchmarks/results/ablation-...")
+    options = parser.parse_intermixed_args(arguments)
+    until, words, console = time.monotonic() + 60 * options.minutes, tuple(options.options), Console()
+    try:
+        Recipe(**read_recipe(options.config, list(words)))
+        planned = jobs(options.data, options.config, options.seeds, words)
+        about = describe(options.data, options.config, words, options.seeds)
+        output = options.output or RESULTS / f"ablation-{about['data']}.json"
+        options.out.mkdir(parents=True, exist_ok=True)
+        for job in planned.values():
+            if job.missing(options.out):
+                if not advance(job, options.out, until):
+                    break
+                write(output, planned, options.out, about, console)
+        write(output, planned, options.out, about, console)
+    except (RunError, RecipeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Everything that is to be trained on one GPU, in pieces: `make gpu-train`, again and again until it is finished.
+
+Each call goes on where the last one stopped and ends within --minutes. The runs, in order: the best network for CamVid
+and for MSRC-21, CamVid without reference_positions, and the ablation on both data sets. OUT/RUN holds a run as
+model.train and model.evaluate leave it; OUT/results is what is worth carrying away, small files only: figures, curves,
+contact sheets and the ablation's tables of what is finished, and the best networks' weights in files of at most 15 MB
+(benchmarks/split_weights.py joins them).
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks import ablation, reference_positions
+from benchmarks.runs import ROOT, Job, RunError, advance
+from benchmarks.split_weights import split
+from model.files import replacing
+
+RECIPES = ROOT / "model" / "recipes"
+PIECE_MINUTES = 9.0
+SEEDS = 3
+MAIN = ("camvid", "msrc21")
+WITHOUT_FACTOR = "camvid-plain-sum"
+VIEWS = {
+    "test": ("--split", "test", "--batch", "8"),
+    "test-scales": ("--split", "test", "--batch", "8", "--scales", "0.75,1,1.25,1.5", "--flip"),
+}
+FILES = ("curves.json", "curves.png", "test/evaluation.json", "test/contact_sheet.png", "test-scales/evaluation.json")
+
+
+def main_jobs(data: Path, options: tuple[str, ...]) -> list[Job]:
+    """The runs whose weights are kept, and the one that is their comparison."""
+    best = [Job(name, data / name, RECIPES / f"{name}-gpu.toml", options, VIEWS) for name in MAIN]
+    words = (*options, "reference_positions=0")
+    return [*best, Job(WITHOUT_FACTOR, data / "camvid", RECIPES / "camvid-gpu.toml", words, VIEWS)]
+
+
+def ablation_jobs(name: str, data: Path, options: tuple[str, ...]) -> dict[tuple[str, int], Job]:
+    return ablation.jobs(data / name, RECIPES / f"ablation-{name}.toml", SEEDS, options)
+
+
+def collect(job: Job, out: Path) -> None:
+    """What is worth carrying away of a finished run."""
+    target = out / "results" / job.name
+    if (target / FILES[-1]).exists():
+        return
+    if job.name in MAIN:
+        split(out / job.name / "final.pt", target / "weights")
+    for name in FILES:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out / job.name / name, target / name)
+
+
+def compare_factor(data: Path, out: Path) -> None:
+    """What reference_positions gives, once both of its runs are finished."""
+    output = out / "results" / "reference-positions.json"
+    files = [out / name / "final.pt" for name in ("camvid", WITHOUT_FACTOR)]
+    if not output.exists() and all(file.exists() for file in files):
+        words = ["--data", data / "camvid", "--batch", "8", "--output", output]
+        if reference_positions.main([str(word) for word in (*files, *words)]):
+            raise RunError("the comparison of reference_positions failed")
+
+
+def piece(data: Path, out: Path, options: tuple[str, ...], until: float, console: Console) -> list[str]:
+    """Go on with the list until it is finished or the time is up; the names of the runs that are not finished."""
+    best = main_jobs(data, options)
+    ablations = {name: ablation_jobs(name, data, options) for name in MAIN}
+    work = [(job, out) for job in best]
+    work += [(job, out / f"ablation-{name}") for name, planned in ablations.items() for job in planned.values()]
+    for job, folder in work:
+        if job.missing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not advance(job, folder, until):
+                break
+        if folder == out:
+            collect(job, out)
+        if job.name == WITHOUT_FACTOR:
+            compare_factor(data, out)
+    for name, planned in ablations.items():
+        folder = out / f"ablation-{name}"
+        if folder.exists():
+            about = ablation.describe(data / name, RECIPES / f"ablation-{name}.toml", options, SEEDS)
+            ablation.write(out / "results" / f"ablation-{name}.json", planned, folder, about, console)
+    return [str((folder / job.name).relative_to(out)) for job, folder in work if job.missing(folder)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("options", nargs="*", metavar="key=value", help="options of model.train, for every run")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with camvid/ and msrc21/")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=PIECE_MINUTES, metavar="N", help="default: %(default)s")
+    options = parser.parse_intermixed_args(arguments)
+    until = time.monotonic() + 60 * options.minutes
+    words, results = tuple(options.options), options.out / "results"
+    if torch.cuda.is_available():
+        subprocess.run([sys.executable, "model/kernels/build.py", "--quiet"], cwd=ROOT)
+    try:
+        left = piece(options.data, options.out, words, until, Console())
+        done = [job for job in main_jobs(options.data, words) if not job.missing(options.out)]
+        figures = {job.name: {view: job.totals(options.out, view) for view in job.views} for job in done}
+        document: dict[str, Any] = {"left": left, "runs": figures}
+        results.mkdir(exist_ok=True)
+        with replacing(results / "runs.json") as file:
+            file.write(json.dumps(document, indent=1).encode() + b"\n")
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(left)} runs are not finished; the same command goes on" if left else f"all is in {results}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

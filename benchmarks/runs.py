@@ -1,0 +1,81 @@
+"""Training runs and their evaluations, worked off piece by piece: what is finished is not done again."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LEAST_SECONDS = 20  # with less left of a piece nothing new is begun
+RESERVE_SECONDS = 15  # of a piece, to save and stop in
+HANG_SECONDS = 40
+
+
+class RunError(RuntimeError):
+    """A run that did not end well; the message says which."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run and what its final weights are evaluated on.
+
+    name: its folder below the folder of all runs; data: the data set's folder; config: recipe file; options: key=value
+    words for it; views: by a name, words for `model.evaluate`.
+    """
+
+    name: str
+    data: Path
+    config: Path
+    options: tuple[str, ...]
+    views: Mapping[str, tuple[str, ...]]
+
+    def missing(self, root: Path) -> list[str]:
+        """What is still to do, "training" and views."""
+        folder = root / self.name
+        views = [view for view in self.views if not (folder / view / "evaluation.json").exists()]
+        return views if (folder / "final.pt").exists() else ["training", *views]
+
+    def totals(self, root: Path, view: str) -> dict[str, Any]:
+        """The figures over all classes of a view that has been evaluated."""
+        document = json.loads((root / self.name / view / "evaluation.json").read_text(encoding="utf-8"))
+        return dict(document["totals"])
+
+
+def call(module: str, words: list[str], seconds: float) -> int | None:
+    """Run `python -m module` with these words in a process of its own; its exit status, None where it was ended."""
+    try:
+        return subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def advance(job: Job, root: Path, until: float) -> bool:
+    """Go on with a job until it is finished or, by `time.monotonic()`, the time is up; whether it is finished.
+
+    Training is told to save and stop in time and goes on from there at the next call. Raises RunError where a
+    command fails; one that hangs is ended HANG_SECONDS after its time.
+    """
+    folder, data = root.resolve() / job.name, str(job.data.resolve())
+    for step in job.missing(root):
+        seconds = until - time.monotonic()
+        if seconds < LEAST_SECONDS:
+            return False
+        if step == "training":
+            module, resume = "model.train", ["--resume"] if (folder / "last.pt").exists() else []
+            minutes = f"{max(seconds - RESERVE_SECONDS, 0) / 60:.2f}"
+            words = ["--data", data, "--out", str(folder), "--config", str(job.config.resolve())]
+            words += [*resume, "--minutes", minutes, *job.options]
+        else:
+            module = "model.evaluate"
+            words = [str(folder / "final.pt"), "--data", data, "--output", str(folder / step), *job.views[step]]
+        status = call(module, words, seconds + HANG_SECONDS)
+        if status != 0:
+            ended = "hung and was ended" if status is None else f"failed with exit status {status}"
+            raise RunError(f"{job.name}: {step} {ended}")
+        if step == "training" and not (folder / "final.pt").exists():
+            return False
+    return True

@@ -1,0 +1,173 @@
+"""Where a split's decoded pictures stay while they are trained on, and batches of crops from there."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from model.augment import Augmentation, Draw, Draws, bytes_of, crops, draw_for, pack, stack
+from model.data import SegmentationData
+
+CACHES = ("auto", "device", "host", "off")
+DEVICE_SHARE, HOST_SHARE = 1 / 4, 1 / 3  # of the memory that decoded pictures may take where cache=auto decides
+SAMPLED_PICTURES = 16
+
+Key = tuple[int, int]  # epoch and index
+
+
+def read_all(data: SegmentationData) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
+    """Every picture with its labels, decoded by several threads. Raises DataError as `load` does."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(data.load, range(len(data))))
+
+
+@dataclass(frozen=True)
+class InMemory(SegmentationData):
+    """A split that has been read: `load` reads no file."""
+
+    samples: list[tuple[numpy.ndarray, numpy.ndarray]] = field(default_factory=list)
+
+    def load(self, index: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        return self.samples[index]
+
+
+def in_memory(data: SegmentationData) -> InMemory:
+    return InMemory(**vars(data), samples=read_all(data))
+
+
+def decoded_bytes(data: SegmentationData) -> int:
+    """What all pictures take decoded, four bytes a pixel, judged by a few of them."""
+    indexes = sorted(set(numpy.linspace(0, len(data) - 1, SAMPLED_PICTURES).round().astype(int).tolist()))
+    return round(4 * sum(data.load(index)[1].size for index in indexes) / len(indexes) * len(data))
+
+
+def choose_cache(data: SegmentationData, device: torch.device) -> str:
+    """What cache=auto means here: the first of device, host and off that has room."""
+    wanted = decoded_bytes(data)
+    if device.type == "cuda" and wanted <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return "host" if wanted <= HOST_SHARE * memory / processes else "off"
+
+
+class Sample(NamedTuple):
+    """A picture as `pack` gives it, its size (height, width) and what was drawn for its crop."""
+
+    packed: Tensor
+    size: tuple[int, int]
+    draw: Draw
+
+
+class Material(NamedTuple):
+    """All that a batch of crops is made of; see `crops`."""
+
+    packed: Tensor
+    places: Tensor
+    draws: Draws
+
+
+def places_of(sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """(P, 3) int64: start, height and width of pictures that lie end to end."""
+    starts = accumulate((height * width for height, width in sizes[:-1]), initial=0)
+    return torch.tensor([(start, *size) for start, size in zip(starts, sizes, strict=True)])
+
+
+def collate(samples: Sequence[Sample]) -> Material:
+    places = places_of([sample.size for sample in samples])
+    return Material(torch.cat([sample.packed for sample in samples]), places, stack([s.draw for s in samples]))
+
+
+class TrainingCrops(Dataset):
+    """Crops by (epoch, index), made on `device`: the same key gives the same crop in any run, process and order.
+
+    cache: "device" keeps all decoded pictures there, "host" keeps them in the host's memory and sends each batch's,
+    "off" has worker processes read each batch's files again; "auto" takes the first of these that has room. Crops are
+    the same with each. On a CPU "device" and "host" are one.
+    """
+
+    def __init__(
+        self,
+        data: SegmentationData,
+        options: Augmentation,
+        seed: int,
+        fill: tuple[int, int, int],
+        device: torch.device | str = "cpu",
+        cache: str = "auto",
+        workers: int = 0,
+    ) -> None:
+        self.data, self.options, self.seed, self.workers = data, options, seed, workers
+        self.device = torch.device(device)
+        self.fill = torch.tensor(fill, dtype=torch.uint8, device=self.device)
+        self.cache = choose_cache(data, self.device) if cache == "auto" else cache
+        self.packed: Tensor | None = None
+        if self.cache != "off":
+            samples = read_all(data)
+            self.sizes = [mask.shape for _, mask in samples]
+            self.places = places_of(self.sizes)
+            where = self.device if self.cache == "device" else torch.device("cpu")
+            self.packed = torch.cat([pack(*sample).to(where) for sample in samples])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: Key) -> Sample:
+        index = key[1]
+        if self.packed is None:
+            image, mask = self.data.load(index)
+            packed, size = pack(image, mask), mask.shape
+        else:
+            start, size = int(self.places[index, 0]), self.sizes[index]
+            packed = self.packed[start : start + size[0] * size[1]]
+        return Sample(packed, size, draw_for(key, size, self.options, self.seed))
+
+    def label_counts(self, classes: int) -> Tensor:
+        """(C,) int64: pixels of each class in all pictures."""
+        packed = [self.packed] if self.packed is not None else (pack(*self.data.load(i)) for i in range(len(self)))
+        return torch.stack([bytes_of(p)[:, 3].flatten().bincount(minlength=256).cpu() for p in packed]).sum(0)[:classes]
+
+    def batches(self, keys: Iterable[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 (B, 3, crop, crop) and (B, crop, crop) on the device, for every list of keys.
+
+        On a GPU nothing here waits for it: while it works, the host prepares the next batch.
+        """
+        for material in self._material(keys):
+            packed, places = send(material.packed, self.device), send(material.places, self.device)
+            draws = Draws(*(send(part, self.device) for part in material.draws))
+            # On a CPU crop by crop, which then fit its cache: half as long again otherwise.
+            share = 1 if self.device.type == "cpu" else len(places)
+            parts = zip(places.split(share), *(part.split(share) for part in draws), strict=True)
+            cut = [crops(packed, place, Draws(*rest), self.options.crop, self.fill) for place, *rest in parts]
+            images, masks = zip(*cut, strict=True)
+            yield torch.cat(images), torch.cat(masks)
+
+    def _material(self, keys: Iterable[list[Key]]) -> Iterator[Material]:
+        if self.packed is not None and (self.cache == "device" or self.device.type == "cpu"):
+            for batch in keys:
+                draws = [draw_for(key, self.sizes[key[1]], self.options, self.seed) for key in batch]
+                yield Material(self.packed, self.places[[index for _, index in batch]], stack(draws))
+            return
+        workers = self.workers if self.packed is None else 0
+        yield from DataLoader(
+            self,
+            batch_sampler=keys,  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=self.device.type == "cuda",
+            collate_fn=collate,
+            generator=torch.Generator(),  # its own: the global one decides dropout and must not depend on restarts
+        )
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for the copy."""
+    if device.type == "cpu" or tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

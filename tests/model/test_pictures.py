@@ -1,0 +1,90 @@
+"""Batches of crops: the same wherever the decoded pictures stay, and from wherever a run goes on."""
+
+import json
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from model import pictures
+from model.augment import Augmentation, StepSampler
+from model.data import open_dataset
+from model.pictures import TrainingCrops, choose_cache, decoded_bytes, in_memory
+
+SIZES = [(40, 60), (61, 37), (40, 60), (50, 50), (40, 60)]
+OPTIONS = Augmentation(24, 48, gamma=0.2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Five pictures of three sizes."""
+    root = tmp_path_factory.mktemp("sizes")
+    random = numpy.random.default_rng(0)
+    for folder in ("images", "labels", "splits"):
+        (root / folder).mkdir()
+    for index, size in enumerate(SIZES):
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=numpy.uint8)).save(root / f"images/p{index}.png")
+        Image.fromarray(random.integers(0, 3, size, dtype=numpy.uint8)).save(root / f"labels/p{index}.png")
+    (root / "splits" / "train.txt").write_text("\n".join(f"p{index}" for index in range(len(SIZES))))
+    classes = [{"id": i, "name": f"class {i}", "color": [i, i, i]} for i in range(4)]
+    (root / "classes.json").write_text(json.dumps({"classes": classes}))
+    return open_dataset(root, "train")
+
+
+def batches(data, cache, workers=0, first_step=0):
+    crops = TrainingCrops(data, OPTIONS, 7, (1, 2, 3), "cpu", cache, workers)
+    return list(crops.batches(StepSampler(len(data), 2, 3, 7, first_step)))
+
+
+def same(first, second):
+    assert len(first) == len(second)
+    return all(torch.equal(a, b) for pair in zip(first, second, strict=True) for a, b in zip(*pair, strict=True))
+
+
+@pytest.mark.parametrize(("cache", "workers"), [("host", 0), ("off", 0), ("off", 1), ("auto", 1)])
+def test_crops_are_the_same_wherever_the_pictures_stay(data, cache, workers):
+    expected = batches(data, "device")
+    assert len(expected) == 6 and expected[0][0].shape == (2, 3, 24, 24) and expected[0][1].shape == (2, 24, 24)
+    assert same(expected, batches(data, cache, workers))
+
+
+@pytest.mark.parametrize("cache", ["device", "off"])
+def test_batches_go_on_in_the_middle(data, cache):
+    assert same(batches(data, "device")[3:], batches(data, cache, first_step=3))
+
+
+def test_a_batch_sent_from_the_host_is_cut_like_one_on_the_device(data, monkeypatch):
+    """What a GPU gets from cache=host: only the batch's pictures, collated."""
+    crops = TrainingCrops(data, OPTIONS, 7, (1, 2, 3), "cpu", "host")
+    keys = [(0, 3), (0, 1)]
+    sent = pictures.collate([crops[key] for key in keys])
+    assert len(sent.packed) == 50 * 50 + 61 * 37
+    cut = pictures.crops(sent.packed, sent.places, sent.draws, 24, crops.fill)
+    (expected,) = crops.batches([keys])
+    assert all(torch.equal(*pair) for pair in zip(cut, expected, strict=True))
+
+
+@pytest.mark.parametrize("cache", ["device", "off"])
+def test_labels_are_counted(data, cache):
+    labels = numpy.concatenate([data.load(index)[1].ravel() for index in range(len(data))])
+    counts = TrainingCrops(data, OPTIONS, 7, (1, 2, 3), "cpu", cache).label_counts(4)
+    assert counts.tolist() == numpy.bincount(labels, minlength=4).tolist()
+    assert counts[3] == 0
+
+
+def test_the_cache_is_on_the_host_where_there_is_room_and_off_where_not(data, monkeypatch):
+    cpu = torch.device("cpu")
+    assert decoded_bytes(data) == 4 * sum(height * width for height, width in SIZES)
+    assert choose_cache(data, cpu) == "host"
+    monkeypatch.setattr(pictures, "decoded_bytes", lambda data: 1 << 60)
+    assert choose_cache(data, cpu) == "off"
+
+
+def test_a_split_in_memory_reads_no_file(data, monkeypatch):
+    kept = in_memory(data)
+    expected = [data.load(index) for index in range(len(data))]
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("read a file"))
+    assert len(kept) == len(data) and kept.ids == data.ids
+    for index, pair in enumerate(expected):
+        assert all((a == b).all() for a, b in zip(pair, kept.load(index), strict=True))

@@ -1,0 +1,148 @@
+"""Lists of runs: the ablation and everything for one GPU, rehearsed with small networks; nothing is done twice."""
+
+import json
+import math
+import time
+
+import pytest
+
+from benchmarks import ablation, gpu_train, reference_positions, runs
+from benchmarks.split_weights import join
+from model import evaluate, train
+from model.checkpoint import load_checkpoint
+from tests.model.folders import write_scenes
+
+TINY = [
+    "backbone=resnet18", "output_stride=16", "channels=8", "codewords=2", "detail=0", "lateral=false", "crop=32",
+    "base_size=48", "batch=3", "epochs=1", "warmup=0", "precision=fp32", "compile=false", "log_every=1",
+    "evaluate_every=1", "reference_positions=4", "optimizer=sgd", "ema=0.0",
+]  # fmt: skip
+MODULES = {"model.train": train.main, "model.evaluate": evaluate.main}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for name in ("camvid", "msrc21"):
+        write_scenes(root / name)
+    return root
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The commands that were run: by the same functions, without the seconds that a process of its own takes."""
+    commands = []
+
+    def call(module, words, seconds):
+        commands.append((module, words))
+        return MODULES[module](words)
+
+    monkeypatch.setattr(runs, "call", call)
+    return commands
+
+
+def test_a_job_in_processes_of_its_own_goes_on_where_its_time_was_up(data, tmp_path, monkeypatch):
+    options = (*TINY, "seed=0")
+    job = runs.Job(
+        "one", data / "camvid", gpu_train.RECIPES / "ablation-camvid.toml", options, {"test": ("--limit", "1")}
+    )
+    assert job.missing(tmp_path) == ["training", "test"]
+    assert not runs.advance(job, tmp_path, time.monotonic() + 10), "too little time to begin"
+    assert not (tmp_path / "one").exists()
+    monkeypatch.setattr(runs, "RESERVE_SECONDS", 1000)
+    assert not runs.advance(job, tmp_path, time.monotonic() + 900), "no time left when the first step is done"
+    assert load_checkpoint(tmp_path / "one" / "last.pt").step == 1
+    monkeypatch.undo()
+    assert runs.advance(job, tmp_path, math.inf)
+    assert job.missing(tmp_path) == []
+    assert job.totals(tmp_path, "test")["pictures"] == 1
+    broken = runs.Job("broken", data / "absent", job.config, options, {})
+    with pytest.raises(runs.RunError, match="broken: training failed with exit status 2"):
+        runs.advance(broken, tmp_path, math.inf)
+
+
+def test_a_command_that_hangs_is_ended():
+    assert runs.call("timeit", ["-n1", "-r1", "import time; time.sleep(60)"], 2) is None
+
+
+def test_the_ablation_runs_every_variant_with_every_seed_once(data, tmp_path, called, capsys):
+    config = gpu_train.RECIPES / "ablation-msrc21.toml"
+    options = ["--data", str(data / "msrc21"), "--config", str(config), "--out", str(tmp_path / "runs")]
+    options += ["--output", str(tmp_path / "ablation.json")]
+    assert ablation.main([*options, "--seeds", "1", *TINY]) == 0
+    assert [module for module, _ in called] == ["model.train", "model.evaluate"] * 3
+    assert ablation.main([*options, "--seeds", "2", *TINY]) == 0
+    assert len(called) == 12, "finished runs are not done again"
+    document = json.loads((tmp_path / "ablation.json").read_text())
+    assert [(row["variant"], row["seed"]) for row in document["rows"]] == [
+        (variant, seed) for seed in (0, 1) for variant in ("FCN", "+ Encoding", "+ Encoding + SE-loss")
+    ]
+    assert document["means"]["FCN"]["miou"]["runs"] == 2
+    assert document["means"]["+ Encoding"].keys() == {"miou", "pixel_accuracy", "class_accuracy"}
+    assert "presence_map" in document["means"]["+ Encoding + SE-loss"]
+    assert "msrc21: 6 of 6 runs" in capsys.readouterr().out
+
+    configs = {name: load_checkpoint(tmp_path / "runs" / f"{name}-0" / "last.pt") for name in ablation.FOLDERS.values()}
+    assert [checkpoint.config.encoding for checkpoint in configs.values()] == [False, True, True]
+    recipes = [checkpoint.training["recipe"] for checkpoint in configs.values()]
+    assert [recipe["presence_weight"] for recipe in recipes] == [0.0, 0.0, 0.2]
+    for recipe in recipes:
+        del recipe["presence_weight"], recipe["encoding"]
+    assert recipes[0] == recipes[1] == recipes[2], "all else is equal"
+
+
+def test_deltas_pair_runs_of_one_seed():
+    values = {"FCN": (0.5, 0.6), "+ Encoding": (0.55, 0.67), "+ Encoding + SE-loss": (0.56,)}
+    rows = [
+        {"variant": variant, "seed": seed, "miou": value, "pixel_accuracy": 0.5, "class_accuracy": 0.5}
+        | {"presence_map": None if variant == "+ Encoding" else 0.5}
+        for variant, column in values.items()
+        for seed, value in enumerate(column)
+    ]
+    found = ablation.summary(rows)
+    assert found["means"]["FCN"]["miou"] == {"mean": 0.55, "std": pytest.approx(0.05 * math.sqrt(2)), "runs": 2}
+    first, second = found["miou_deltas"].values()
+    assert first == {"mean": pytest.approx(0.06), "std": pytest.approx(0.01 * math.sqrt(2)), "runs": 2}
+    assert second == {"mean": pytest.approx(0.01), "std": None, "runs": 1}
+    assert ablation.cell(first) == "6.00 ± 1.41"
+
+
+def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_train, "SEEDS", 1)
+    monkeypatch.setattr(gpu_train, "MAIN", ("camvid",))
+    monkeypatch.setattr(reference_positions, "SCALES", (0.5, 1.0))
+    out = tmp_path / "gpu"
+    options = ["--data", str(data), "--out", str(out), *TINY]
+    assert gpu_train.main([*options, "--minutes", "0.1"]) == 0
+    assert "5 runs are not finished; the same command goes on" in capsys.readouterr().out
+    assert not called
+
+    first_piece = iter([True] * 3 + [False])
+    whole_advance = runs.advance
+    monkeypatch.setattr(gpu_train, "advance", lambda *given: next(first_piece) and whole_advance(*given))
+    assert gpu_train.main(options) == 0
+    assert "2 runs are not finished" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_train, "advance", whole_advance)
+    assert gpu_train.main(options) == 0
+    assert f"all is in {out / 'results'}" in capsys.readouterr().out
+    assert len(called) == 2 * 3 + 3 * 2, "nothing is done twice"
+
+    results = out / "results"
+    document = json.loads((results / "runs.json").read_text())
+    assert document["left"] == []
+    assert document["runs"].keys() == {"camvid", "camvid-plain-sum"}
+    assert document["runs"]["camvid"].keys() == {"test", "test-scales"}
+    assert len(json.loads((results / "ablation-camvid.json").read_text())["rows"]) == 3
+    weights = results / "camvid" / "weights"
+    join(weights, tmp_path / "joined.pt")
+    assert (tmp_path / "joined.pt").read_bytes() == (out / "camvid" / "final.pt").read_bytes()
+    assert max(path.stat().st_size for path in weights.iterdir()) <= 15_000_000
+    assert (results / "camvid" / "curves.png").exists() and (results / "camvid/test/contact_sheet.png").exists()
+    factor = json.loads((results / "reference-positions.json").read_text())
+    assert [factor[name]["reference_positions"] for name in ("with", "without")] == [4.0, 0.0]
+    assert [row["scale"] for row in factor["with"]["rows"]] == list(reference_positions.SCALES)
+    assert factor["with"]["sha256"] != factor["without"]["sha256"]
+    assert (results / "reference-positions.png").exists()
+    files = [str(out / name / "final.pt") for name in ("camvid-plain-sum", "camvid")]
+    assert reference_positions.main([*files, "--data", str(data / "camvid")]) == 2
+    assert "must be trained with reference_positions" in capsys.readouterr().err
