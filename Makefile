@@ -70,7 +70,7 @@ endef
 	@$(SERVE_PYTHON) $(PIP_INSTALL) -r $(SERVE_REQUIREMENTS)
 	@touch $@
 
-.venv/ready: requirements.txt service/requirements.txt service/requirements-base.txt service/requirements-client.txt service/requirements-tracing.txt
+.venv/ready: requirements.txt requirements-train.txt service/requirements.txt service/requirements-base.txt service/requirements-client.txt service/requirements-tracing.txt
 	@echo "setting up .venv (once, with torch) ..."
 	$(call make_venv,.venv)
 	@$(TEST_PYTHON) -c 'import torch' 2>/dev/null || $(TEST_PYTHON) $(PIP_INSTALL) '$(TORCH)'

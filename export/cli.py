@@ -223,6 +223,7 @@ def export_checkpoint(arguments: argparse.Namespace, console: Console, notes: Co
                 std=checkpoint.std,
                 base_size=checkpoint.base_size,
                 align_corners=checkpoint.config.align_corners,
+                calibration=checkpoint.calibration,
             )
             describe(model, properties(checkpoint, whole=True, fp16=arguments.fp16))
         try:

@@ -44,6 +44,10 @@ def properties(checkpoint: Checkpoint, *, whole: bool, fp16: bool) -> dict[str, 
         values["licence"] = checkpoint.licence
     if checkpoint.description:
         values["description"] = checkpoint.description
+    if checkpoint.calibration:
+        values["presence_scale"] = json.dumps(list(checkpoint.calibration.scale))
+        values["presence_bias"] = json.dumps(list(checkpoint.calibration.bias))
+        values["presence_method"] = checkpoint.calibration.method
     return values
 
 

@@ -150,6 +150,7 @@ def compare_whole(
             base_size=checkpoint.base_size,
             scales=case.scales,
             flip=case.flip,
+            calibration=checkpoint.calibration,
         )
         feeds = {
             "image": image.numpy(),

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy
 import onnx
 import onnx.parser
+from onnx import numpy_helper
 
 from export import encoding_op
 from export.errors import ExportError
+from model.calibration import Calibration
 from model.predict import SIZE_TOLERANCE
 
 PLACEHOLDER = "Network"
@@ -111,7 +114,8 @@ encnet_whole (uint8[N,H,W,3] image, float[S] scales, bool flip)
             side_after = Add (side_before, share)
         }}>
 
-        sigmoid = Sigmoid (presence_logits)
+{calibration}
+        sigmoid = Sigmoid ({calibrated})
         by_side = Reshape (sigmoid, presence_by_side)
         presence_sum = ReduceSum <keepdims = 0> (by_side, zero)
         presence_share = Mul (presence_sum, weight)
@@ -123,9 +127,18 @@ encnet_whole (uint8[N,H,W,3] image, float[S] scales, bool flip)
 }}
 """
 
+CALIBRATION = """        scaled_presence = Mul (presence_logits, presence_scale)
+        calibrated_presence = Add (scaled_presence, presence_bias)"""
+
 
 def whole_model(
-    core: onnx.ModelProto, *, mean: Sequence[float], std: Sequence[float], base_size: int, align_corners: bool
+    core: onnx.ModelProto,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    base_size: int,
+    align_corners: bool,
+    calibration: Calibration | None = None,
 ) -> onnx.ModelProto:
     """The whole graph around the network of `core`.
 
@@ -133,7 +146,8 @@ def whole_model(
     CPU only where they stand in the same graph as the convolution, which makes the network a fifth faster.
 
     image uint8 (N, H, W, 3), scales float32 (S,), flip bool () -> mask uint8 (N, H, W) (uint16 above 255 classes),
-    presence float32 (N, C), probabilities float32 (N, C, H, W). Raises ExportError above 65535 classes.
+    presence float32 (N, C), probabilities float32 (N, C, H, W). Presence is the mean over the views of the calibrated
+    sigmoids; without a calibration the graph has no node for one. Raises ExportError above 65535 classes.
     """
     classes = core.graph.output[0].type.tensor_type.shape.dim[1].dim_value
     if classes > 65535:
@@ -150,8 +164,13 @@ def whole_model(
         base_size=float(base_size),
         size_tolerance=SIZE_TOLERANCE,
         coordinates="align_corners" if align_corners else "half_pixel",
+        calibration=CALIBRATION if calibration else "",
+        calibrated="calibrated_presence" if calibration else "presence_logits",
     )
     model = onnx.parser.parse_model(text)
+    if calibration:
+        for name, values in (("presence_scale", calibration.scale), ("presence_bias", calibration.bias)):
+            model.graph.initializer.append(numpy_helper.from_array(numpy.array([values], numpy.float32), name))
     body = next(graph for graph in subgraphs(model.graph) if graph.name == "at_one_scale")
     insert_network(body, core.graph)
     body.initializer.extend(core.graph.initializer)

@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from model.calibration import Calibration
 from model.config import ModelConfig
 from model.encnet import EncNet
 from model.files import replacing
@@ -37,6 +38,7 @@ class Checkpoint:
     weights: state dict of `EncNet(config)`; classes: C names; palette: C [r, g, b] in 0..255;
     mean, std: of RGB in 0..1; base_size: long side in pixels at scale 1; scales, flip: default views of inference;
     step: optimizer steps taken; training: optimizer and random state for `--resume`, else None;
+    calibration: of presence, None where none was fitted; versions: of the libraries that made the weights;
     source: the format the weights were published in; sha256: of the file they were read from, "" when made here.
     """
 
@@ -55,6 +57,7 @@ class Checkpoint:
     step: int = 0
     training: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    calibration: Calibration | None = None
     source: str = FORMAT
     sha256: str = ""
 
@@ -79,7 +82,9 @@ FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "training": (dict, NoneType),
     "versions": dict,
+    "calibration": dict,
 }
+OPTIONAL = {"calibration"}
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -100,8 +105,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "description": checkpoint.description,
         "step": checkpoint.step,
         "training": checkpoint.training,
-        "versions": library_versions(),
+        "versions": checkpoint.versions or library_versions(),
     }
+    if checkpoint.calibration:
+        document["calibration"] = checkpoint.calibration.to_dict()
     with replacing(path) as file:
         torch.save(document, file)
 
@@ -137,7 +144,7 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
             raise ValueError(f"format {found!r} was written by a newer version; this one reads {FORMAT!r}")
         raise ValueError(f"unknown format {found!r}; this version reads {FORMAT!r}")
     values = {key: value for key, value in document.items() if key != "format"}
-    missing = [key for key in FIELD_TYPES if key not in values]
+    missing = [key for key in FIELD_TYPES if key not in values and key not in OPTIONAL]
     left_over = sorted(key for key in values if key not in FIELD_TYPES)
     wrong = [
         f"{key} (a {type(value).__name__})"
@@ -146,7 +153,10 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
     ]
     _raise_for(("missing fields", missing), ("left-over fields", left_over), ("fields of a wrong type", wrong))
 
-    checkpoint = Checkpoint(config=ModelConfig.from_dict(values.pop("config")), **values)
+    config = ModelConfig.from_dict(values.pop("config"))
+    if "calibration" in values:
+        values["calibration"] = Calibration.from_dict(values["calibration"], config.num_classes)
+    checkpoint = Checkpoint(config=config, **values)
     checkpoint.mean, checkpoint.std = tuple(checkpoint.mean), tuple(checkpoint.std)
     checkpoint.scales = tuple(checkpoint.scales)
     classes = checkpoint.config.num_classes

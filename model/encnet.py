@@ -64,8 +64,12 @@ class ContextEncoding(SceneEncoding):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Returns the gated features relu(x + gamma x), (B, channels, H, W), and the scene's encoding (B, channels)."""
         scene = self.encode_scene(x)
-        gamma = torch.sigmoid(self.gate(scene))[:, :, None, None]
-        return F.relu(x + x * gamma.to(x.dtype)), scene
+        return raise_channels(x, torch.sigmoid(self.gate(scene))), scene
+
+
+def raise_channels(x: Tensor, gamma: Tensor) -> Tensor:
+    """relu(x + gamma x) of features (B, D, H, W) and gates (B, D) in 0..1."""
+    return F.relu(x + x * gamma[:, :, None, None].to(x.dtype))
 
 
 class Detail(nn.Module):
@@ -103,7 +107,8 @@ class EncHead(nn.Module):
         self.classifier = nn.Conv2d(config.detail or channels, config.num_classes, 1)
         self.upsample_to_c2 = config.output_stride > 8
 
-    def forward(self, stages: Stages) -> tuple[Tensor, Tensor]:
+    def join(self, stages: Stages) -> Tensor:
+        """The features (B, D, H, W) that the Context Encoding Module gates."""
         features = self.bottleneck(stages.c4)
         if self.lateral is not None and self.fusion is not None:
             parts = [features, *(connect(c) for connect, c in zip(self.lateral, (stages.c2, stages.c3), strict=True))]
@@ -115,13 +120,21 @@ class EncHead(nn.Module):
                     resize(parts[2], size, self.align_corners),
                 ]
             features = self.fusion(torch.cat(parts, 1))
-        scene = None
-        if self.context is not None:
-            features, scene = self.context(features)
+        return features
+
+    def classify(self, gated: Tensor, stages: Stages) -> Tensor:
+        """Gated features (B, D, H, W) -> class logits at the head's own stride."""
         if self.detail is not None:
-            features = self.detail(features, stages.c1)
-        logits = self.classifier(self.dropout(features))
-        return logits, surest_pixel(logits) if self.presence is None else self.presence(scene)
+            gated = self.detail(gated, stages.c1)
+        return self.classifier(self.dropout(gated))
+
+    def forward(self, stages: Stages) -> tuple[Tensor, Tensor]:
+        features = self.join(stages)
+        if self.context is None or self.presence is None:
+            logits = self.classify(features, stages)
+            return logits, surest_pixel(logits)
+        gated, scene = self.context(features)
+        return self.classify(gated, stages), self.presence(scene)
 
 
 def surest_pixel(logits: Tensor) -> Tensor:

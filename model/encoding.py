@@ -51,6 +51,16 @@ def _factor(reference_positions: float, positions: int) -> float:
     return reference_positions / max(positions, 1) if reference_positions else 1.0
 
 
+def assignments(x: Tensor, codewords: Tensor, scale: Tensor) -> Tensor:
+    """(B, N, K): the share of each position i that goes to each codeword k, softmax_k(scale_k ||x_i - c_k||^2).
+
+    Arguments are those of `encode_reference`; each row sums to 1.
+    """
+    positions = _positions(x)
+    codewords, scale = codewords.to(positions.dtype), scale.to(positions.dtype)
+    return torch.softmax(scale * _squared_distances(positions, codewords), dim=-1)
+
+
 def encode_reference(x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float = 0.0) -> Tensor:
     """The specification in matmul form, differentiable by autograd.
 
@@ -58,8 +68,8 @@ def encode_reference(x: Tensor, codewords: Tensor, scale: Tensor, reference_posi
     E_k = sum_i A_ik (x_i - c_k), A = softmax_k(scale_k ||x_i - c_k||^2), times reference_positions / N unless 0.
     """
     positions = _positions(x)
-    codewords, scale = codewords.to(positions.dtype), scale.to(positions.dtype)
-    weights = torch.softmax(scale * _squared_distances(positions, codewords), dim=-1)
+    codewords = codewords.to(positions.dtype)
+    weights = assignments(x, codewords, scale)
     encoded = weights.transpose(1, 2) @ positions - weights.sum(1).unsqueeze(-1) * codewords
     return encoded * _factor(reference_positions, positions.shape[1])
 

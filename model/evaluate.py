@@ -28,9 +28,11 @@ from model.foreign import listing
 from model.layouts import LAYOUTS
 from model.losses import presence_targets
 from model.metrics import (
+    BINS,
     average_precision,
     class_accuracy,
     confusion,
+    expected_calibration_error,
     f1,
     intersection_over_union,
     mean_defined,
@@ -56,7 +58,8 @@ EPILOG = """examples:
         --scales 0.5,0.75,1,1.25,1.5,1.75 --flip --base-size 520 --crop 480
 
 files: OUTPUT/evaluation.json has every figure, the options, versions and the checkpoint's SHA-256;
-OUTPUT/contact_sheet.png shows pictures, truth, prediction and presence.
+OUTPUT/contact_sheet.png shows pictures, truth, prediction and presence, OUTPUT/reliability.png how often a class is
+there when its score says so.
 """
 
 
@@ -161,6 +164,7 @@ def _predict(
         "base_size": options.base_size,
         "scales": options.scales,
         "flip": options.flip,
+        "calibration": checkpoint.calibration,
     }
     if options.protocol == "windows":
         return predict_windows(model, image, crop=options.crop, merge=options.merge, **views)
@@ -169,7 +173,7 @@ def _predict(
 
 def totals(evaluation: Evaluation) -> dict[str, float | int]:
     """Figures over all classes, rates in 0..1. Means leave out the classes for which a figure is not defined."""
-    presence_ap, presence_f1 = _presence_figures(evaluation)
+    presence_ap, presence_f1, presence_ece = _presence_figures(evaluation)
     pictures = len(evaluation.scores)
     return {
         "miou": mean_iou(evaluation.counts),
@@ -178,6 +182,7 @@ def totals(evaluation: Evaluation) -> dict[str, float | int]:
         "class_accuracy": mean_defined(class_accuracy(evaluation.counts)),
         "presence_map": mean_defined(presence_ap),
         "presence_macro_f1": mean_defined(presence_f1),
+        "presence_ece": mean_defined(presence_ece),
         "pictures": pictures,
         "seconds": round(evaluation.seconds, 3),
         "pictures_per_second": round(pictures / evaluation.seconds, 3),
@@ -186,7 +191,7 @@ def totals(evaluation: Evaluation) -> dict[str, float | int]:
 
 def class_rows(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
     """Figures per class, rates in 0..1; None where one is not defined (see model/metrics.py)."""
-    presence_ap, presence_f1 = _presence_figures(evaluation)
+    presence_ap, presence_f1, presence_ece = _presence_figures(evaluation)
     iou, accuracy = intersection_over_union(evaluation.counts), class_accuracy(evaluation.counts)
     return [
         {
@@ -195,6 +200,7 @@ def class_rows(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, A
             "accuracy": _defined(accuracy[index]),
             "presence_ap": _defined(presence_ap[index]),
             "presence_f1": _defined(presence_f1[index]),
+            "presence_ece": float(presence_ece[index]),
             "pictures": int(evaluation.present[:, index].sum()),
             "pixels": int(evaluation.counts[index].sum()),
         }
@@ -202,11 +208,13 @@ def class_rows(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, A
     ]
 
 
-def _presence_figures(evaluation: Evaluation) -> tuple[numpy.ndarray, numpy.ndarray]:
+def _presence_figures(evaluation: Evaluation) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """Average precision, F1 and expected calibration error of every class, each (C,)."""
     columns = list(zip(evaluation.scores.T, evaluation.present.T, strict=True))
     return (
         numpy.array([average_precision(scores, present) for scores, present in columns]),
         numpy.array([f1(scores, present, PRESENCE_THRESHOLD) for scores, present in columns]),
+        numpy.array([expected_calibration_error(scores, present) for scores, present in columns]),
     )
 
 
@@ -231,6 +239,7 @@ def report(
             "source": checkpoint.source,
             "step": checkpoint.step,
             "config": checkpoint.config.to_dict(),
+            "calibration": checkpoint.calibration.to_dict() if checkpoint.calibration else None,
         },
         "data": {"folder": data.root.resolve().name, "layout": data.layout, "pictures_in_split": len(data)},
         "options": {**dataclasses.asdict(options), "device": str(device), "presence_threshold": PRESENCE_THRESHOLD},
@@ -247,10 +256,10 @@ def tables(document: dict[str, Any]) -> tuple[Table, Table]:
         caption="– not defined: no picture has the class. AP is 100 for a class that every picture has.",
         caption_justify="left",
     )
-    for heading in ("class", "IoU %", "accuracy %", "presence AP %", "presence F1 %", "pictures"):
+    for heading in ("class", "IoU %", "accuracy %", "presence AP %", "F1 %", "ECE %", "pictures"):
         per_class.add_column(heading, justify="left" if heading == "class" else "right")
     for row in document["classes"]:
-        rates = [row[key] for key in ("iou", "accuracy", "presence_ap", "presence_f1")]
+        rates = [row[key] for key in ("iou", "accuracy", "presence_ap", "presence_f1", "presence_ece")]
         cells = ["–" if rate is None else f"{100 * rate:.1f}" for rate in rates]
         per_class.add_row(Text(row["name"]), *cells, str(row["pictures"]))
 
@@ -265,6 +274,7 @@ def tables(document: dict[str, Any]) -> tuple[Table, Table]:
         ("mean class accuracy %", "class_accuracy"),
         ("presence mean AP %", "presence_map"),
         (f"presence macro F1 % (threshold {PRESENCE_THRESHOLD})", "presence_macro_f1"),
+        (f"presence mean ECE % ({BINS} bins)", "presence_ece"),
     ):
         overall.add_row(label, f"{100 * figures[key]:.2f}")
     overall.add_row("pictures", str(figures["pictures"]))
@@ -276,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="python -m model.evaluate",
         description="Score a checkpoint on a data set: mIoU, pixel accuracy, and per class IoU, accuracy, average "
-        "precision and F1 of presence.",
+        "precision, F1 and expected calibration error of presence.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -331,7 +341,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="where evaluation.json and contact_sheet.png go "
+        help="where evaluation.json and the two figures go "
         "(default: beside the checkpoint, its name ending in .evaluation)",
     )
     root.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
@@ -433,11 +443,21 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
     )
     with replacing(output / "contact_sheet.png") as file:
         sheet.save(file, "PNG")
+    from model.reliability import reliability_diagram  # matplotlib, which training does not need
+
+    diagram = reliability_diagram(
+        evaluation.scores,
+        evaluation.present,
+        data.classes,
+        f"Presence of {checkpoint.name} on {document['data']['folder']}, {options.split} split: "
+        f"mean ECE {100 * figures['presence_ece']:.1f} %",
+    )
+    with replacing(output / "reliability.png") as file:
+        diagram.savefig(file, format="png")
     for table in tables(document):
         console.print(table)
-    console.print(
-        f"written: {output / 'evaluation.json'}, {output / 'contact_sheet.png'}", markup=False, soft_wrap=True
-    )
+    names = ("evaluation.json", "contact_sheet.png", "reliability.png")
+    console.print(f"written: {', '.join(str(output / name) for name in names)}", markup=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from model.losses import IGNORE
 
 VOID = (224, 224, 192)
-INK, FAINT, TRACK, WRONG, PAPER = "#1f2328", "#6e7781", "#eaeef2", "#c1121f", "#ffffff"
+INK, FAINT, TRACK, BAR = "#1f2328", "#6e7781", "#eaeef2", "#0969da"
+WRONG, PAPER = "#c1121f", "#ffffff"
 MARGIN, GAP, CELL, BARS = 28, 14, 320, 330
 BAR_ROW, MOST_BARS = 20, 12
 THRESHOLD = 0.5

@@ -1,9 +1,13 @@
 """Segmentation and presence metrics as pure functions on counts and scores; every rate is in 0..1."""
 
+from typing import NamedTuple
+
 import numpy
 from torch import Tensor
 
 from model.losses import IGNORE
+
+BINS = 15
 
 
 def confusion(mask: Tensor, truth: Tensor, num_classes: int) -> numpy.ndarray:
@@ -60,6 +64,41 @@ def f1(scores: numpy.ndarray, present: numpy.ndarray, threshold: float = 0.5) ->
     predicted = scores >= threshold
     either = predicted.sum() + present.sum()
     return float(2 * (predicted & present).sum() / either) if either else float("nan")
+
+
+class Reliability(NamedTuple):
+    """Scores in bins of equal width over 0..1: pictures in each bin, their mean score, the share that has the class.
+
+    All (B,); the last two are NaN for an empty bin.
+    """
+
+    counts: numpy.ndarray
+    scores: numpy.ndarray
+    frequencies: numpy.ndarray
+
+
+def reliability(scores: numpy.ndarray, present: numpy.ndarray, bins: int = BINS) -> Reliability:
+    """scores: (P,) in 0..1; present: (P,) bool. A bin has its lower edge, the last one 1 as well."""
+    places = numpy.minimum((scores * bins).astype(int), bins - 1)
+    counts = numpy.bincount(places, minlength=bins)
+    totals = (numpy.bincount(places, weights=values, minlength=bins) for values in (scores, present))
+    return Reliability(counts, *(_ratio(total, counts) for total in totals))
+
+
+def expected_calibration_error(scores: numpy.ndarray, present: numpy.ndarray, bins: int = BINS) -> float:
+    """Mean over the pictures of |mean score - share that has the class| of the picture's bin.
+
+    Bins of equal width (Naeini, Cooper, Hauskrecht, AAAI 2015), 15 of them (Guo et al., ICML 2017); the score is that
+    of "the class is present", so that scores near 0 are judged as well as those near 1.
+    """
+    found = reliability(scores, present, bins)
+    return float(numpy.nansum(found.counts * numpy.abs(found.scores - found.frequencies)) / len(scores))
+
+
+def negative_log_likelihood(scores: numpy.ndarray, present: numpy.ndarray) -> float:
+    """Mean of -log(probability given to the truth), in nats; scores are kept 1e-12 away from 0 and 1."""
+    likelihoods = numpy.where(present, scores, 1 - scores)
+    return float(-numpy.log(likelihoods.clip(1e-12, 1)).mean())
 
 
 def mean_defined(values: numpy.ndarray) -> float:

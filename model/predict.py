@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.calibration import Calibration
 from model.encnet import EncNet
 
 SIZE_TOLERANCE = 1e-3
@@ -44,6 +45,21 @@ def normalise(image: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float
     return (x - centre.view(1, 3, 1, 1)) / spread.view(1, 3, 1, 1)
 
 
+def view_of(pixels: Tensor, base_size: int, scale: float) -> Tensor:
+    """(N, 3, H, W) -> the view at that scale, resized bilinearly to `view_size`, antialiased when it shrinks."""
+    height, width = pixels.shape[-2:]
+    size = view_size(height, width, base_size, scale)
+    if size == (height, width):
+        return pixels
+    return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def presence_scores(presence_logits: Tensor, calibration: Calibration | None) -> Tensor:
+    """(N, C) logits -> presence in 0..1, float32."""
+    logits = presence_logits.float()
+    return (calibration.apply(logits) if calibration else logits).sigmoid()
+
+
 @torch.inference_mode()
 def predict(
     model: EncNet,
@@ -54,20 +70,18 @@ def predict(
     base_size: int,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
+    calibration: Calibration | None = None,
 ) -> Prediction:
-    """Mean over the views of softmax (pixels) and sigmoid (presence).
+    """Mean over the views of softmax (pixels) and sigmoid (presence, calibrated where there is a calibration).
 
-    image: uint8 (N, H, W, 3) RGB on the model's device. Each view is the picture resized bilinearly (antialiased when
-    it shrinks) to `view_size`; with `flip`, its mirror image too.
+    image: uint8 (N, H, W, 3) RGB on the model's device. Each view is `view_of` the picture; with `flip`, its mirror
+    image too.
     """
     pixels = normalise(image, mean, std)
     height, width = pixels.shape[-2:]
     probabilities = presence = None
     for scale in scales:
-        size = view_size(height, width, base_size, scale)
-        view = pixels
-        if size != (height, width):
-            view = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+        view = view_of(pixels, base_size, scale)
         for mirrored in (False, True) if flip else (False,):
             outputs = model(view.flip(-1) if mirrored else view)
             logits = outputs.logits.flip(-1) if mirrored else outputs.logits
@@ -75,7 +89,8 @@ def predict(
                 logits.float(), size=(height, width), mode="bilinear", align_corners=model.config.align_corners
             )
             views = len(scales) * (2 if flip else 1)
-            softmax, sigmoid = logits.softmax(1) / views, outputs.presence_logits.float().sigmoid() / views
+            softmax = logits.softmax(1) / views
+            sigmoid = presence_scores(outputs.presence_logits, calibration) / views
             probabilities = softmax if probabilities is None else probabilities + softmax
             presence = sigmoid if presence is None else presence + sigmoid
     if probabilities is None or presence is None:

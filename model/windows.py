@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.calibration import Calibration
 from model.encnet import EncNet
-from model.predict import normalise, view_size
+from model.predict import normalise, presence_scores, view_size
 
 MERGES = ("softmax", "exp_sum")
 AUTHORS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -48,6 +49,7 @@ def predict_windows(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     merge: str = "softmax",
+    calibration: Calibration | None = None,
 ) -> WindowScores:
     """The network on windows of `crop` x `crop` pixels of one picture, (1, H, W, 3) uint8 RGB on the model's device.
 
@@ -55,8 +57,8 @@ def predict_windows(
     unnormalised, so that a confident window outweighs its neighbours. It overflows float32 where the sum passes 88 and
     is therefore computed in float64 (to 709). "softmax" averages probabilities instead, over mirrors, windows, scales.
 
-    Presence has no counterpart in the authors' protocol: it is the mean of all the windows' sigmoids, and a window sees
-    only its part of the scene.
+    Presence has no counterpart in the authors' protocol: it is the mean of all the windows' (calibrated) sigmoids, and
+    a window sees only its part of the scene.
     """
     if not scales:
         raise ValueError("scales must name at least one scale")
@@ -64,47 +66,47 @@ def predict_windows(
     black = normalise(torch.zeros_like(image[:1, :1, :1]), mean, std)
     height, width = pixels.shape[-2:]
     total = torch.zeros((), device=image.device)
-    sigmoids: list[Tensor] = []
+    presence_logits: list[Tensor] = []
     for scale in scales:
         size = view_size(height, width, base_size, scale)
         view = F.interpolate(pixels, size=size, mode="bilinear", align_corners=True)
-        score, presence = score_view(model, view, crop, black, flip, merge)
+        score, found = score_view(model, view, crop, black, flip, merge)
         total = total + F.interpolate(score, size=(height, width), mode="bilinear", align_corners=True)
-        sigmoids.extend(presence)
+        presence_logits.extend(found)
     if merge == "softmax":
         total = total / len(scales)
-    return WindowScores(total, torch.stack(sigmoids).mean(0))
+    return WindowScores(total, presence_scores(torch.stack(presence_logits), calibration).mean(0))
 
 
 def score_view(
     model: EncNet, view: Tensor, crop: int, black: Tensor, flip: bool, merge: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """Scores (1, C, h, w) of a normalised picture (1, 3, h, w), and the presence (1, C) of every forward pass."""
+    """Scores (1, C, h, w) of a normalised picture (1, 3, h, w), and the presence logits (1, C) of every pass."""
     padded = pad(view, crop, black)
     dtype = torch.float64 if merge == "exp_sum" else torch.float32
     scores = torch.zeros(1, model.config.num_classes, *padded.shape[-2:], dtype=dtype, device=view.device)
     counts = torch.zeros(padded.shape[-2:], dtype=dtype, device=view.device)
-    sigmoids: list[Tensor] = []
+    presence_logits: list[Tensor] = []
     for top, bottom in window_spans(padded.shape[-2], crop):
         for left, right in window_spans(padded.shape[-1], crop):
             window = pad(padded[..., top:bottom, left:right], crop, black)
-            score, presence = score_window(model, window, flip, merge)
+            score, found = score_window(model, window, flip, merge)
             scores[..., top:bottom, left:right] += score[..., : bottom - top, : right - left]
             counts[top:bottom, left:right] += 1
-            sigmoids.extend(presence)
+            presence_logits.extend(found)
     height, width = view.shape[-2:]
-    return (scores / counts)[..., :height, :width], sigmoids
+    return (scores / counts)[..., :height, :width], presence_logits
 
 
 def score_window(model: EncNet, window: Tensor, flip: bool, merge: str) -> tuple[Tensor, list[Tensor]]:
-    """Scores (1, C, crop, crop) of one window, and the presence (1, C) of every forward pass: one, or two with flip."""
+    """Scores (1, C, crop, crop) of a window, and the presence logits (1, C) of its one or (with flip) two passes."""
     outputs = [model(window)]
     logits = [outputs[0].logits]
     if flip:
         outputs.append(model(window.flip(-1)))
         logits.append(outputs[1].logits.flip(-1))
     views = torch.stack(logits)
-    presence = [output.presence_logits.float().sigmoid() for output in outputs]
+    presence = [output.presence_logits for output in outputs]
     if merge == "exp_sum":
         return views.double().sum(0).exp(), presence
     return views.float().softmax(2).mean(0), presence

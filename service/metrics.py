@@ -7,6 +7,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service import __version__
+from service.engine import Segmentation
 from service.models import Models
 from service.pipeline import Pipeline
 
@@ -40,6 +41,13 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=self.registry,
         )
+        self.pictures = Counter("encnet_pictures_total", "Pictures segmented.", ["model"], registry=self.registry)
+        self.present = Counter(
+            "encnet_present_total",
+            "Pictures in which a class is present, by the service's own threshold whatever a request's may be.",
+            ["model", "class"],
+            registry=self.registry,
+        )
         self.departed = Counter(
             "encnet_departed_total", "Requests whose client left before the answer.", registry=self.registry
         )
@@ -47,8 +55,18 @@ class Metrics:
         self.registry.register(_State(models))
 
     def watch(self, name: str, pipeline: Pipeline) -> None:
-        """Count the runs of a model's device."""
+        """Count the runs of a model's device and what its answers find, every class from 0 on."""
         pipeline.device.on_run = lambda batch, seconds: self.batches.labels(name).observe(batch)
+
+        def count(segmentation: Segmentation) -> None:
+            self.pictures.labels(name).inc()
+            for class_, score in zip(pipeline.engine.metadata.classes, segmentation.presence, strict=False):
+                self.present.labels(name, class_).inc(float(score >= pipeline.settings.threshold))
+
+        pipeline.on_answer = count
+        self.pictures.labels(name)
+        for class_ in pipeline.engine.metadata.classes:
+            self.present.labels(name, class_)
 
     def text(self) -> bytes:
         """The exposition format, for CONTENT_TYPE."""

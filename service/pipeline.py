@@ -62,6 +62,7 @@ class Pipeline:
         self.admitted_cost = 0
         self.admitted_requests = 0
         self.holders = 0  # see Models.hold
+        self.on_answer: Callable[[Segmentation], None] = lambda segmentation: None
         self._unfinished_s = 0.0  # predicted seconds of the runs that are admitted and not over
 
     @property
@@ -139,6 +140,7 @@ class Pipeline:
             segmentation, queued_s = await self._outcome(job, departed)
             timings["queue"] = waited + queued_s * 1000
             timings["infer"] = segmentation.infer_ms
+            self.on_answer(segmentation)
             return Result(picture, segmentation, estimate.work, estimate.run_s * 1000, timings)
 
     def fullness(self) -> float:

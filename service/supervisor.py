@@ -6,11 +6,13 @@ row is not started again.
 """
 
 import logging
+import os
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 SHORT_LIFE = 10.0  # seconds
@@ -32,8 +34,9 @@ def supervise(command: Sequence[str], listener: socket.socket) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
         stopping = stopping or number != signal.SIGHUP
-        if child is not None and child.poll() is None:
-            child.send_signal(number)
+        if child is not None and child.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, forward)
@@ -42,7 +45,9 @@ def supervise(command: Sequence[str], listener: socket.socket) -> int:
         started = time.monotonic()
         descriptor = listener.fileno()
         child = subprocess.Popen([*command, "--listen-fd", str(descriptor)], pass_fds=[descriptor])
-        code = child.wait()
+        if stopping:
+            child.terminate()  # the signal came before there was a child to forward it to
+        code = _wait(child)
         if stopping or code in (0, *_STARTUP_ERRORS):
             return code
         quick_deaths = quick_deaths + 1 if time.monotonic() - started < SHORT_LIFE else 0
@@ -52,6 +57,15 @@ def supervise(command: Sequence[str], listener: socket.socket) -> int:
         _log.error("the server died (%s), starting another", _end_of(code))
         time.sleep(min(10.0, 0.1 * 2**quick_deaths))
     return 0
+
+
+def _wait(child: "subprocess.Popen[bytes]") -> int:
+    """Its exit code. Other children that end meanwhile are buried: a container's first process is given all orphans."""
+    while child.returncode is None:
+        number, status = os.wait()
+        if number == child.pid:
+            child.returncode = os.waitstatus_to_exitcode(status)
+    return child.returncode
 
 
 def _end_of(code: int) -> str:

@@ -11,11 +11,12 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from model.checkpoint import load_checkpoint
 from model.data import open_dataset
 from service.app import create_app
 from service.engine import Engine
 from service.settings import Settings
-from tests.model.folders import write_scenes
+from tests.model.folders import COLOURS, write_scenes
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "service" / "models" / "camvid.onnx"
@@ -37,10 +38,18 @@ def run(*arguments):
 
 def test_train_export_serve(tmp_path):
     scenes = write_scenes(tmp_path / "scenes")
+    Image.new("RGB", (48, 48), COLOURS[0]).save(scenes / "images" / "plain.png")  # classes must vary to be calibrated
+    Image.new("L", (48, 48), 0).save(scenes / "labels" / "plain.png")
+    with (scenes / "splits" / "val.txt").open("a") as split:
+        split.write("plain\n")
     run("model.train", "--data", scenes, "--out", tmp_path / "run", *RECIPE)
+    run("model.calibrate", tmp_path / "run" / "final.pt", "--data", scenes, "--out", tmp_path / "run" / "final.pt")
     run("model.evaluate", tmp_path / "run" / "final.pt", "--data", scenes, "--output", tmp_path / "evaluation")
     run("export", tmp_path / "run" / "final.pt", "--output", tmp_path / "bands.onnx")
 
+    calibration = load_checkpoint(tmp_path / "run" / "final.pt").calibration
+    assert calibration is not None
+    assert Engine(tmp_path / "bands.onnx").metadata.presence_scale == calibration.scale
     evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     data = open_dataset(scenes, "test")
     with TestClient(create_app(Settings(model=tmp_path / "bands.onnx"))) as client:

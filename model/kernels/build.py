@@ -6,9 +6,10 @@
     libencnet_ort_cuda.so   for ONNX Runtime on NVIDIA GPUs
 
 The last two are built where nvidia-smi shows a GPU, for that GPU; with --cuda also where there is none, for every
-architecture from sm_80 on (several minutes on few cores). Needs neither torch nor ONNX Runtime nor anything outside the
-standard library. What is up to date is left alone. Where a library cannot be built the reason is printed and the exit
-status is still 0, because everything works without, only slower. The compilers are $CXX, or g++, and $NVCC, or nvcc.
+architecture from sm_80 on (several minutes on few cores), or for those named, as in --cuda 90. Needs neither torch nor
+ONNX Runtime nor anything outside the standard library. What is up to date is left alone. Where a library cannot be
+built the reason is printed and the exit status is still 0, because everything works without, only slower. The compilers
+are $CXX, or g++, and $NVCC, or nvcc.
 """
 
 import argparse
@@ -241,10 +242,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quiet", action="store_true", help="say nothing where there is no compiler")
     parser.add_argument("--strict", action="store_true", help="end with status 1 where a library is missing")
-    parser.add_argument("--cuda", action="store_true", help="build for CUDA also where no GPU is visible")
+    parser.add_argument(
+        "--cuda",
+        nargs="?",
+        const=",".join(CUDA_ARCHITECTURES),
+        metavar="CAP,CAP",
+        help="build for CUDA also where no GPU is visible, for these compute capabilities (%(const)s)",
+    )
     options = parser.parse_args()
     complete = attempt("the Encoding kernels", lambda: build(compiler()), options.quiet)
-    architectures = CUDA_ARCHITECTURES if options.cuda else visible_architectures()
+    architectures = options.cuda.split(",") if options.cuda else visible_architectures()
     if architectures:
         title = "the Encoding kernels for CUDA"
         complete &= attempt(title, lambda: build_cuda(cuda_compiler(), architectures), options.quiet)

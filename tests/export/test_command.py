@@ -16,6 +16,7 @@ from networks import copy_of, exported_network, pictures, small_checkpoint, smal
 from export import cli, parity
 from export.parity import Case, Comparison, largest_error
 from export.whole import subgraphs
+from model.calibration import Calibration
 from model.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +210,43 @@ def test_a_broken_graph_is_noticed(checkpoint: Path, tmp_path: Path, monkeypatch
     built = cli.whole_model
     monkeypatch.setattr(cli, "whole_model", lambda core, **options: built(core, **{**options, "align_corners": False}))
     assert export(checkpoint, "--output", tmp_path / "small.onnx") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibrated") / "small.pt"
+    calibration = Calibration((0.2,) * 5, (-1.0, 0.0, 1.0, 0.0, 0.0), "platt", 20)
+    save_checkpoint(path, small_checkpoint(small_network(), calibration=calibration))
+    return path
+
+
+@pytest.mark.usefixtures("translated")
+def test_a_calibrated_checkpoint_is_served_calibrated(checkpoint: Path, calibrated: Path, tmp_path: Path) -> None:
+    feeds = {"image": pictures(1, 30, 40), "scales": numpy.ones(1, numpy.float32), "flip": numpy.array(False)}
+    answers, metadata = [], []
+    for name, source in (("plain.onnx", checkpoint), ("calibrated.onnx", calibrated)):
+        assert export(source, "--output", tmp_path / name) == 0
+        runtime = parity.session((tmp_path / name).read_bytes())
+        metadata.append(runtime.get_modelmeta().custom_metadata_map)
+        answers.append(runtime.run(["mask", "presence"], feeds))
+    assert "presence_scale" not in metadata[0]
+    scale, bias = (numpy.array(json.loads(metadata[1][key])) for key in ("presence_scale", "presence_bias"))
+    (mask, before), (same_mask, after) = answers
+    logits = numpy.log(before.astype(float) / (1 - before.astype(float)))
+    numpy.testing.assert_allclose(after, 1 / (1 + numpy.exp(-(scale * logits + bias))), atol=1e-3)
+    assert numpy.abs(after - before).max() > 0.1
+    assert (mask == same_mask).all()
+
+
+@pytest.mark.usefixtures("translated")
+def test_a_graph_that_forgets_the_calibration_is_noticed(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = cli.whole_model
+    monkeypatch.setattr(cli, "whole_model", lambda core, **options: built(core, **{**options, "calibration": None}))
+    assert export(calibrated, "--output", tmp_path / "small.onnx") == 1
+    assert "presence differ" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

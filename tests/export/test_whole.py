@@ -16,6 +16,7 @@ from export.errors import ExportError
 from export.metadata import describe, properties
 from export.parity import session
 from export.whole import subgraphs, whole_model
+from model.calibration import Calibration
 from model.encnet import EncNet
 from model.predict import Prediction, predict, view_size
 
@@ -63,6 +64,42 @@ def test_equals_predict(exported: Exported, size: tuple[int, int, int], scales: 
     assert (mask == probabilities.argmax(1)).all()
     assert (mask == expected.probabilities.argmax(1).numpy()).mean() >= 0.999
     numpy.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+
+
+CALIBRATION = Calibration((0.5, 2.0, 1e-5, 1.0, 30.0), (-1.25, 1e-7, 3.0, 0.0, -2.0), "platt", 20)
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["plain", "mirrored"])
+def test_calibrated_presence_equals_predict(flip: bool) -> None:
+    network, core = exported_network()
+    model = whole_model(core, mean=MEAN, std=STD, base_size=BASE_SIZE, align_corners=True, calibration=CALIBRATION)
+    onnx.checker.check_model(model, full_check=True)
+    plain = whole_model(core, mean=MEAN, std=STD, base_size=BASE_SIZE, align_corners=True)
+    image, scales = pictures(2, 37, 61), (0.5, 1.3)
+    mask, presence, probabilities = run(session(model.SerializeToString()), image, scales, flip)
+    expected = predict(
+        network,
+        torch.from_numpy(image),
+        mean=MEAN,
+        std=STD,
+        base_size=BASE_SIZE,
+        scales=scales,
+        flip=flip,
+        calibration=CALIBRATION,
+    )
+    numpy.testing.assert_allclose(presence, expected.presence.numpy(), atol=1e-3)
+    before = run(session(plain.SerializeToString()), image, scales, flip)
+    assert numpy.abs(presence - before[1]).max() > 0.1
+    assert (mask == before[0]).all()
+    assert (probabilities == before[2]).all()
+
+
+def test_without_a_calibration_the_graph_has_no_node_for_one(exported: Exported) -> None:
+    _, model, _ = exported
+    nodes = [node for _, node in nodes_with_depth(model.graph)]
+    (sigmoid,) = [node for node in nodes if list(node.output) == ["sigmoid"]]
+    assert list(sigmoid.input) == ["presence_logits"]
+    assert not [name for node in nodes for name in node.input if name in ("presence_scale", "presence_bias")]
 
 
 def test_a_mirrored_picture_gets_the_mirrored_mask(exported: Exported) -> None:
@@ -245,4 +282,11 @@ def test_metadata_leaves_out_what_the_checkpoint_does_not_know() -> None:
     values = properties(small_checkpoint(small_network()), whole=False, fp16=True)
     assert values["graph"] == "core"
     assert values["precision"] == "float16"
-    assert {"licence", "description"}.isdisjoint(values)
+    assert {"licence", "description", "presence_scale", "presence_bias", "presence_method"}.isdisjoint(values)
+
+
+def test_metadata_holds_the_calibration() -> None:
+    values = properties(small_checkpoint(small_network(), calibration=CALIBRATION), whole=True, fp16=False)
+    assert json.loads(values["presence_scale"]) == list(CALIBRATION.scale)
+    assert json.loads(values["presence_bias"]) == list(CALIBRATION.bias)
+    assert values["presence_method"] == "platt"

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from model.calibration import Calibration
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint, save_checkpoint
 from model.config import ModelConfig
 from model.encnet import EncNet
@@ -47,6 +48,7 @@ def test_everything_comes_back(tmp_path):
         description="made up",
         step=7,
         training={"optimizer": {"state": {0: {"momentum": torch.ones(2)}}}},
+        calibration=Calibration((1.0, 2.0), (0.0, -1.0), "platt", 11),
     )
     path = tmp_path / "net.pt"
     save_checkpoint(path, checkpoint)
@@ -55,13 +57,35 @@ def test_everything_comes_back(tmp_path):
     assert set(loaded.versions) == {"torch", "numpy", "python"}
     assert loaded.weights.keys() == checkpoint.weights.keys()
     assert all(torch.equal(loaded.weights[key], value) for key, value in checkpoint.weights.items())
-    for name in ("config", "classes", "palette", "base_size", "mean", "std", "scales", "flip", "name", "licence"):
+    for name in (
+        "config",
+        "classes",
+        "palette",
+        "base_size",
+        "mean",
+        "std",
+        "scales",
+        "flip",
+        "name",
+        "licence",
+        "calibration",
+    ):
         assert getattr(loaded, name) == getattr(checkpoint, name)
     assert (loaded.description, loaded.step, loaded.source) == ("made up", 7, FORMAT)
     assert torch.equal(loaded.training["optimizer"]["state"][0]["momentum"], torch.ones(2))
     model = build_model(loaded)
     assert not model.training
     assert all(torch.equal(value, checkpoint.weights[key]) for key, value in model.state_dict().items())
+
+
+def test_without_a_calibration_the_file_is_as_it_was_before_there_were_any(path):
+    assert "calibration" not in document(path)
+    assert load_checkpoint(path).calibration is None
+
+
+def test_versions_are_those_the_weights_were_made_with(tmp_path):
+    save_checkpoint(tmp_path / "net.pt", small_checkpoint(versions={"torch": "1.0"}))
+    assert load_checkpoint(tmp_path / "net.pt").versions == {"torch": "1.0"}
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(path, monkeypatch):
@@ -142,6 +166,16 @@ def test_a_refused_class_is_named_with_a_way_out(tmp_path, zip_file):
         ({"config": {"backbone": "resnet18"}}, "lacks num_classes"),
         ({"config": {"num_classes": 2, "backbone": "vgg"}}, "backbone must be one of"),
         ({"weights": {"a": 1}}, "weights that are no tensors: a"),
+        ({"calibration": [1.0]}, "fields of a wrong type: calibration (a list)"),
+        ({"calibration": {"scale": [1.0]}}, "calibration: must have scale, bias, method, pictures, found scale"),
+        (
+            {"calibration": {"scale": [1.0], "bias": [0.0], "method": "platt", "pictures": 1}},
+            "calibration: scale must be 2 numbers, found 1",
+        ),
+        (
+            {"calibration": {"scale": [1.0, -1.0], "bias": [0.0, 0.0], "method": "platt", "pictures": 1}},
+            "calibration: scale must be finite numbers above 0",
+        ),
     ],
 )
 def test_wrong_fields_are_listed(path, changes, said):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from model import evaluate
+from model.calibration import Calibration
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.config import ModelConfig
 from model.encnet import EncNet
@@ -61,6 +62,8 @@ def run(*arguments) -> int:
 def read(folder) -> dict:
     with Image.open(folder / "contact_sheet.png") as sheet:
         assert sheet.format == "PNG"
+    with Image.open(folder / "reliability.png") as diagram:
+        assert diagram.format == "PNG"
     return json.loads((folder / "evaluation.json").read_text())
 
 
@@ -76,6 +79,9 @@ def test_every_figure_of_a_known_answer(checkpoint, data, tmp_path, capsys):
     # road is in one of three pictures and all scores are equal: precision 1/3; sky is in all; car in none
     assert totals["presence_map"] == pytest.approx((1 / 3 + 1) / 2)
     assert totals["presence_macro_f1"] == pytest.approx((2 / (3 + 1) + 1) / 2)
+    # constant scores: 0.95 for road and sky, 0.05 for car, which are in 1, 3 and 0 of 3 pictures
+    high, low = 1 / (1 + numpy.exp(-3)), 1 / (1 + numpy.exp(3))
+    assert totals["presence_ece"] == pytest.approx((high - 1 / 3 + 1 - high + low) / 3)
     assert totals["pictures"] == 3
     assert totals["pictures_per_second"] > 0
     names = [row.pop("name") for row in document["classes"]]
@@ -85,6 +91,7 @@ def test_every_figure_of_a_known_answer(checkpoint, data, tmp_path, capsys):
         "accuracy": 0,
         "presence_ap": pytest.approx(1 / 3),
         "presence_f1": pytest.approx(1 / 2),
+        "presence_ece": pytest.approx(high - 1 / 3),
         "pictures": 1,
         "pixels": road,
     }
@@ -93,6 +100,7 @@ def test_every_figure_of_a_known_answer(checkpoint, data, tmp_path, capsys):
         "accuracy": None,
         "presence_ap": None,
         "presence_f1": None,
+        "presence_ece": pytest.approx(low),
         "pictures": 0,
         "pixels": 0,
     }
@@ -104,6 +112,17 @@ def test_every_figure_of_a_known_answer(checkpoint, data, tmp_path, capsys):
     assert "mIoU" in printed
     assert "road" in printed
     assert "evaluation.json" in printed
+
+
+@pytest.mark.parametrize("options", [(), ("--protocol", "windows", "--crop", 24)], ids=["whole", "windows"])
+def test_presence_is_that_of_the_checkpoints_calibration(data, tmp_path, options):
+    calibration = Calibration((0.5, 1.0, 1.0), (-1.5, 1.0, 0.0), "platt", 9)
+    path = make_checkpoint(tmp_path / "net.pt", calibration=calibration)
+    assert run(path, "--data", data, "--flip", "--scales", "0.5,1", *options) == 0
+    document = read(tmp_path / "net.evaluation")
+    assert document["checkpoint"]["calibration"] == calibration.to_dict()
+    errors = [row["presence_ece"] for row in document["classes"]]
+    assert errors == pytest.approx([1 / 2 - 1 / 3, 1 / (1 + numpy.exp(4)), 1 / (1 + numpy.exp(3))], abs=1e-6)
 
 
 @pytest.mark.parametrize("merge", ["softmax", "exp_sum"])

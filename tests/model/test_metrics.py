@@ -8,12 +8,15 @@ from model.metrics import (
     average_precision,
     class_accuracy,
     confusion,
+    expected_calibration_error,
     f1,
     intersection_over_union,
     mean_defined,
     mean_iou,
     mean_iou_authors,
+    negative_log_likelihood,
     pixel_accuracy,
+    reliability,
 )
 
 # truth: 0 0 1 1 255, prediction: 0 1 1 1 0; class 2 occurs nowhere
@@ -82,3 +85,34 @@ def test_f1():
     assert f1(scores, present, threshold=0.95) == 0
     assert numpy.isnan(f1(numpy.zeros(2), numpy.zeros(2, dtype=bool)))
     assert f1(numpy.ones(2), numpy.zeros(2, dtype=bool)) == 0
+
+
+def test_reliability_counts_by_bins_of_equal_width():
+    scores = numpy.array([0.0, 0.19, 0.2, 0.999, 1.0])
+    found = reliability(scores, numpy.array([False, True, True, True, False]), bins=5)
+    assert found.counts.tolist() == [2, 1, 0, 0, 2]
+    numpy.testing.assert_allclose(found.scores, [0.095, 0.2, numpy.nan, numpy.nan, 0.9995])
+    numpy.testing.assert_allclose(found.frequencies, [0.5, 1, numpy.nan, numpy.nan, 0.5])
+
+
+def test_expected_calibration_error_by_hand():
+    scores = numpy.array([0.95, 0.95, 0.95, 0.95, 0.1])
+    present = numpy.array([True, True, True, False, False])
+    assert expected_calibration_error(scores, present) == pytest.approx(4 / 5 * 0.2 + 1 / 5 * 0.1)
+    assert expected_calibration_error(scores, present, bins=1) == pytest.approx(abs(3.9 / 5 - 3 / 5))
+    assert expected_calibration_error(numpy.array([0.0, 1.0]), numpy.array([False, True])) == 0
+    assert expected_calibration_error(numpy.array([0.0, 1.0]), numpy.array([True, False])) == 1
+
+
+def test_scores_that_are_probabilities_have_next_to_no_calibration_error():
+    random = numpy.random.default_rng(0)
+    scores = random.random(100_000)
+    present = random.random(100_000) < scores
+    assert expected_calibration_error(scores, present) < 0.01
+    assert expected_calibration_error(scores**2, present) > 0.1
+
+
+def test_negative_log_likelihood():
+    scores, present = numpy.array([0.8, 0.8]), numpy.array([True, False])
+    assert negative_log_likelihood(scores, present) == pytest.approx(-(numpy.log(0.8) + numpy.log(0.2)) / 2)
+    assert numpy.isfinite(negative_log_likelihood(numpy.zeros(1), numpy.ones(1, dtype=bool)))

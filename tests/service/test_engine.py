@@ -185,6 +185,34 @@ def test_a_value_that_cannot_be_is_refused(changed_model: Callable[..., Path], k
     assert key in refusal(changed_model(**{key: text}))
 
 
+def test_the_calibration_is_read(changed_model: Callable[..., Path], engine: Engine) -> None:
+    calibrated = Engine(changed_model(presence_scale="[1, 2.5, 1, 1]", presence_bias="[0, -1, 0, 0]"), "cpu")
+    assert calibrated.metadata.presence_scale == (1, 2.5, 1, 1)
+    assert calibrated.metadata.presence_bias == (0, -1, 0, 0)
+    assert engine.metadata.presence_scale is None
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias", "said"),
+    [
+        ("[1, 1, 1, 1]", None, "need 4 numbers each, one for each class, have 4 and none"),
+        ("[1, 1, 1]", "[0, 0, 0]", "have 3 and 3"),
+        ("[1, 1, 1, 1]", "[0, 0, 0]", "have 4 and 3"),
+        ("[1, 1, 1, 0]", "[0, 0, 0, 0]", "presence_scale must be finite numbers above 0"),
+        ("[1, 1, 1, NaN]", "[0, 0, 0, 0]", "presence_scale"),
+        ("[1, 1, 1, 1]", "[0, 0, 0, Infinity]", "presence_bias"),
+        ("one", "[0, 0, 0, 0]", "presence_scale"),
+        ("[1, 1, 1, 1]", '["a", 0, 0, 0]', "presence_bias"),
+    ],
+)
+def test_a_malformed_calibration_is_refused(
+    changed_model: Callable[..., Path], scale: str, bias: str | None, said: str
+) -> None:
+    message = refusal(changed_model(presence_scale=scale, presence_bias=bias))
+    assert "metadata that cannot be used" in message
+    assert said in message
+
+
 def test_our_metadata_on_another_graph_is_refused(tmp_path: Path) -> None:
     value = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     graph = helper.make_graph(

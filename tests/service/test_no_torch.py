@@ -1,6 +1,7 @@
 """Promise: serving needs no torch, none of the folders model/ and export/, and only its own requirements."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -74,3 +75,12 @@ def test_the_gpu_requirements_differ_by_the_runtime_and_its_driver_alone() -> No
 
 def _lines(file: Path) -> list[str]:
     return [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def test_the_runtimes_telemetry_is_off() -> None:
+    script = "import os, service; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    clean = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "1"

@@ -182,3 +182,25 @@ def test_a_supervisor_gives_up_on_a_server_that_dies_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 1
     assert done.stdout.count("born") == QUICK_DEATHS
+
+
+BECOMES_FIRST_PROCESS = """
+import ctypes, socket, sys
+from service.supervisor import supervise
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come here, as to a container's first process
+sys.exit(supervise([sys.executable, "-c", sys.argv[1]], socket.create_server(("127.0.0.1", 0))))
+"""
+LEAVES_AN_ORPHAN = """
+import pathlib, subprocess, sys, time
+parent = "import subprocess; print(subprocess.Popen(['sleep', '0.1'], stdout=-3, stderr=-3).pid)"
+orphan = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True).stdout.strip()
+end = time.monotonic() + 20
+while (buried := not pathlib.Path("/proc", orphan).exists()) is False and time.monotonic() < end:
+    time.sleep(0.02)
+sys.exit(not buried)
+"""
+
+
+def test_a_supervisor_buries_the_orphans_it_is_given() -> None:
+    command = [sys.executable, "-c", BECOMES_FIRST_PROCESS, LEAVES_AN_ORPHAN]
+    assert subprocess.run(command, cwd=ROOT, timeout=WAIT).returncode == 0
