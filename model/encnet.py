@@ -129,11 +129,12 @@ class EncHead(nn.Module):
         return self.classifier(self.dropout(gated))
 
     def forward(self, stages: Stages) -> tuple[Tensor, Tensor]:
-        features, scene = self.join(stages), None
-        if self.context is not None:
-            features, scene = self.context(features)
-        logits = self.classify(features, stages)
-        return logits, surest_pixel(logits) if self.presence is None else self.presence(scene)
+        features = self.join(stages)
+        if self.context is None or self.presence is None:
+            logits = self.classify(features, stages)
+            return logits, surest_pixel(logits)
+        gated, scene = self.context(features)
+        return self.classify(gated, stages), self.presence(scene)
 
 
 def surest_pixel(logits: Tensor) -> Tensor:

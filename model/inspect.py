@@ -72,16 +72,16 @@ def read_picture(path: Path) -> numpy.ndarray:
 def look(model: EncNet, checkpoint: Checkpoint, image: numpy.ndarray) -> Scene:
     """The scene in a picture, uint8 (H, W, 3), seen once at scale 1; the model is in evaluation mode on the CPU.
 
-    Raises InspectError for a network without a Context Encoding Module.
+    Raises InspectError for an FCN, which encodes no scene.
     """
+    context = model.head.context
+    if context is None:
+        raise InspectError("the checkpoint is an FCN (encoding=false): it has no codewords and gates to look at")
     pixels = torch.from_numpy(image)[None]
     mean, std, base_size = checkpoint.mean, checkpoint.std, checkpoint.base_size
     answer = predict(model, pixels, mean=mean, std=std, base_size=base_size, calibration=checkpoint.calibration)
     stages = model.backbone(view_of(normalise(pixels, mean, std), base_size, 1.0))
     features = model.head.join(stages)
-    context = model.head.context
-    if context is None:
-        raise InspectError("the network has no Context Encoding Module (encoding=false), so there are no codewords and gates to show")
     projected = context.project(features)
     weights = assignments(projected, context.encoding.codewords, context.encoding.scale)
     gates = torch.sigmoid(context.gate(context.encode_scene(features)))

@@ -141,12 +141,6 @@ def test_any_number_of_classes_and_codes(classes, codewords, image):
     assert sum(title.startswith("code ") for title in titles) == min(codewords, 32)
 
 
-def test_a_network_without_codewords_is_one_sentence(image):
-    checkpoint = make_checkpoint(dataclasses.replace(CONFIG, encoding=False))
-    with pytest.raises(inspect.InspectError, match="no Context Encoding Module"):
-        inspect.look(build_model(checkpoint), checkpoint, image)
-
-
 def test_without_out_it_is_named_after_the_picture(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert inspect.main([*map(str, files)]) == 0
@@ -171,3 +165,9 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(files, tmp_path, capsys):
     assert "must end in .png" in refused(capsys, checkpoint, picture, "--out", tmp_path / "x.jpg")
     assert "does not exist" in refused(capsys, checkpoint, picture, "--out", tmp_path / "no" / "x.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pt", "street.jpg", "text.png"]
+
+
+def test_an_fcn_has_nothing_to_look_at(image):
+    checkpoint = make_checkpoint(dataclasses.replace(CONFIG, encoding=False))
+    with pytest.raises(inspect.InspectError, match="is an FCN"):
+        inspect.look(build_model(checkpoint), checkpoint, image)
