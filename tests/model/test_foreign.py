@@ -194,7 +194,7 @@ def test_the_same_logits_as_the_specification(tmp_path, source, keys, stem, back
     path.unlink()
     assert checkpoint.source == source
     assert checkpoint.config == ModelConfig(
-        CLASSES, backbone, 8, CHANNELS, CODEWORDS, lateral, align_corners=aligned, reference_positions=0
+        CLASSES, backbone, 8, CHANNELS, CODEWORDS, lateral=lateral, align_corners=aligned, reference_positions=0
     )
     model = build_model(checkpoint).double()
     with torch.no_grad():
