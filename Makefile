@@ -27,7 +27,7 @@ serve: .venv-serve/ready ## set up and serve the embedded model on http://127.0.
 
 test: setup lint ## set up and run lint, types and the whole test suite
 	@$(TEST_PYTHON) model/kernels/build.py --quiet
-	$(TEST_PYTHON) -m pytest
+	$(TEST_PYTHON) -m pytest -n 2 --dist loadfile
 
 kernels: ## compile the Encoding kernels into build/ with g++ or CXX=, and for a visible GPU with nvcc (CUDA=1: for all)
 	@$(PYTHON) model/kernels/build.py $(if $(CUDA),--cuda)
