@@ -19,7 +19,8 @@ class Settings(BaseSettings):
     command line over both.
 
     `max_pixels` bounds memory: class probabilities at the picture's own size cost H*W*C*4 bytes, so 16 megapixels with
-    CamVid's 11 classes take 0.7 GB, and with ADE20K's 150 classes 9.6 GB. Lower it where memory is small.
+    CamVid's 11 classes take 0.7 GB, and with ADE20K's 150 classes 9.6 GB. A run's peak is about five times that
+    (benchmarks/sizing.py measures it). Lower it where memory is small.
 
     Raises pydantic.ValidationError for a value out of range.
     """
