@@ -127,6 +127,8 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
         access_log=False,
         timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
         server_header=False,
+        http="h11",
+        ws="none",  # else who asks for a websocket would wait for ever, where a package for them is installed
         lifespan="off",
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
