@@ -61,6 +61,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def listening(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("triton") / "models"
@@ -92,7 +97,7 @@ def ports(repository: Path) -> Iterator[tuple[int, int]]:
         )
     try:
         until = time.monotonic() + START_SECONDS
-        while b"Started HTTPService" not in log.read_bytes():
+        while not all(map(listening, both)):
             assert process.poll() is None, log.read_text(errors="replace")[-3000:]
             assert time.monotonic() < until, log.read_text(errors="replace")[-3000:]
             time.sleep(0.1)

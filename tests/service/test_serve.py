@@ -119,6 +119,11 @@ def test_a_picture_over_a_socket(server: Server, png: bytes) -> None:
     assert answer["timing_ms"]["total"] > 0
 
 
+def test_who_asks_for_a_websocket_is_answered_over_http(server: Server, png: bytes) -> None:
+    asking = {"Connection": "close, upgrade", "Upgrade": "websocket"}
+    assert CLIENT.post(f"{server.url}/segment", content=png, headers=asking).status_code == 200
+
+
 def test_a_client_that_sends_too_much_can_read_why(server: Server) -> None:
     for body in (b"\0" * 500_000, iter([b"\0" * 100_000] * 5)):
         response = CLIENT.post(f"{server.url}/segment", content=body)
