@@ -14,8 +14,9 @@
         ...                             # a Segmentation, or the SegmentError of that picture alone
 
 Segmenting changes nothing on the server, so a request is sent again when the server is too busy (429) or not ready
-(503), after the time that its Retry-After names; and when it names none or the connection fails, after pauses that
-double, a few times. All attempts together end at the client's timeout.
+(503), after the time that its Retry-After names; and when it names none, the connection fails, or a proxy says that
+its server failed (a 5xx that is not in the service's own words), after pauses that double, a few times. All attempts
+together end at the client's timeout.
 """
 
 import asyncio
@@ -291,7 +292,7 @@ class _Attempts:
 
     def pause_after(self, reply: _Reply) -> float | None:
         """Seconds to wait after this answer; None where it is the last one. Raises its SegmentError on giving up."""
-        if reply.status not in RETRIED:
+        if reply.status not in RETRIED and not _from_a_proxy(reply):
             return None
         return self._pause(_retry_after(reply.headers), _error(reply))
 
@@ -404,6 +405,11 @@ def _read(reply: _Reply) -> Segmentation:
             reply.status,
             reply.request_id,
         ) from error
+
+
+def _from_a_proxy(reply: _Reply) -> bool:
+    """Whether this is the error of something in front of the service, as when the process behind it was killed."""
+    return reply.status >= httpx.codes.INTERNAL_SERVER_ERROR and _error(reply).code == f"http_{reply.status}"
 
 
 def _error(reply: _Reply) -> SegmentError:

@@ -249,6 +249,13 @@ def test_a_server_that_comes_up_meanwhile(connect: Callable[..., Any], good: byt
             assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_an_error_of_a_proxy_is_tried_again(connect: Callable[..., Any], good: bytes, status: int) -> None:
+    with scripted(lambda number: (status, {}, b"Internal Server Error") if number == 0 else (200, {}, good)) as server:
+        assert connect(server.url).segment(b"picture").mask.shape == (30, 40)
+        assert len(server.requests) == 2
+
+
 @pytest.mark.parametrize("status", [400, 413, 422, 500, 504])
 def test_other_errors_are_not_tried_again(connect: Callable[..., Any], status: int) -> None:
     with scripted(lambda number: busy("1", status)) as server:
@@ -314,7 +321,7 @@ def test_the_servers_error_is_told(connect: Callable[..., Any], url: str, quadra
 )
 def test_what_is_not_this_service_is_told(connect: Callable[..., Any], status: int, body: bytes, code: str) -> None:
     with scripted(lambda number: (status, {}, body)) as server:
-        error = failure(connect(server.url))
+        error = failure(connect(server.url, retries=0))
     assert (error.code, error.status) == (code, status)
 
 
