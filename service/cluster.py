@@ -30,7 +30,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Loggi
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs
+from service import allocator, logs
 from service.app import create_app
 from service.models import Models
 from service.settings import EMBEDDED_MODEL, Settings
@@ -133,6 +133,7 @@ class Replica:
         if embedded:
             settings = settings.model_copy(update={"model": EMBEDDED_MODEL})
         logs.set_up(settings.log_format, settings.log_level)
+        allocator.return_large_blocks()
         self._models = Models(settings)
         self._models.start()
 

@@ -329,6 +329,7 @@ def _open_session(model: Path, providers: list[Any], threads: int) -> ort.Infere
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads keep cores from the codecs
     kernels.register(options, cuda=providers != ["CPUExecutionProvider"])
     try:
         return ort.InferenceSession(model, options, providers=providers)

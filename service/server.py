@@ -9,7 +9,7 @@ from types import FrameType
 
 import uvicorn
 
-from service import logs
+from service import allocator, logs
 from service.app import create_app
 from service.info_routes import not_alive
 from service.models import Models
@@ -119,6 +119,7 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
     another process may do better.
     """
     logs.set_up(settings.log_format, settings.log_level)
+    allocator.return_large_blocks()
     models = Models(settings)
     models.start()
     config = uvicorn.Config(
