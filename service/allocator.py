@@ -10,8 +10,8 @@ _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 def return_large_blocks() -> None:
     """From now on a block of LARGE_BYTES or more goes back to the system when it is freed; for the whole process.
 
-    By itself glibc raises that bound to 32 MB as blocks are freed, and what is smaller comes from heaps that pictures of
-    many sizes leave full of holes. With another C library nothing happens.
+    By itself glibc raises that bound to 32 MB as blocks are freed, and what is smaller comes from heaps that pictures
+    of many sizes leave full of holes. With another C library nothing happens.
     """
     try:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
