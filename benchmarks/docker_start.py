@@ -65,6 +65,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
+    if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True).returncode:
+        sys.exit("no Docker engine answers here; start one, or give this user access to it")
+    if subprocess.run(["docker", "image", "inspect", IMAGE], capture_output=True).returncode:
+        sys.exit(f"there is no image {IMAGE}; docker build -f docker/Dockerfile --target cpu -t {IMAGE} .")
     compose = compose_command()
     seconds, emptied = [], False
     for number in range(options.rounds):
@@ -85,6 +89,8 @@ def main() -> int:
     memory = run("docker", "stats", "--no-stream", "--format", "{{.MemUsage}}", run(*compose, "ps", "--quiet", "serve"))
     run(*compose, "down")
     facts = {
+        "command": f"python -m benchmarks.docker_start --rounds {options.rounds}",
+        "commit": run("git", "rev-parse", "HEAD"),
         "seconds_to_ready": [round(value, 2) for value in seconds],
         "median_seconds": round(statistics.median(seconds), 2),
         "file_cache_emptied": emptied,
