@@ -1,6 +1,7 @@
 """Serving over HTTP: the listening socket, the banner, and the way to stop without losing a request."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -134,6 +135,8 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     server = Server(config, models, lambda: ready(models))
+    gc.collect()
+    gc.freeze()  # what is loaded stays: a collection that looked at all of it again would hold every request up
     try:
         server.run(sockets=[listener])
     finally:
