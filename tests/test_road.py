@@ -20,7 +20,7 @@ from tests.model.folders import COLOURS, write_scenes
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "service" / "models" / "camvid.onnx"
-CAMVID = ROOT.parent / "shared" / "data" / "camvid"
+DATA = ROOT.parent / "shared" / "data"
 RECIPE = [
     "backbone=resnet18c", "output_stride=16", "lateral=true", "detail=8", "align_corners=false", "channels=16",
     "codewords=4", "reference_positions=16", "crop=32", "base_size=48", "rotation=0", "batch=3", "epochs=25",
@@ -66,9 +66,12 @@ def test_train_export_serve(tmp_path):
     )
 
 
-@pytest.mark.skipif(not CAMVID.is_dir(), reason="CamVid is not beside this checkout (../shared/data/camvid)")
-def test_the_embedded_model_segments_camvid():
-    engine, data = Engine(EMBEDDED), open_dataset(CAMVID, "test")
+@pytest.mark.parametrize(("file", "folder"), [(EMBEDDED, "camvid"), (ROOT / "examples" / "msrc21.onnx", "msrc21")])
+def test_the_committed_models_segment_their_test_pictures(file, folder):
+    if not (DATA / folder).is_dir():
+        pytest.skip(f"the pictures are not beside this checkout (../shared/data/{folder})")
+    engine, data = Engine(file), open_dataset(DATA / folder, "test")
+    assert list(engine.metadata.classes) == data.classes
     correct = labelled = 0
     for index in range(0, len(data), 20):
         image, truth = data.load(index)
