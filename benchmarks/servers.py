@@ -242,9 +242,14 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path(os.devnull), metavar="FILE", help="what the servers say")
     options = parser.parse_args()
     concurrency = bench.read_concurrency(options.concurrency)
-    wanted_names = options.only.split(",") if options.only else [server.name for server in SERVERS]
+    known = [server.name for server in SERVERS]
+    wanted_names = options.only.split(",") if options.only else known
+    if unknown := set(wanted_names) - set(known):
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     versions = {server.name: version(server.package) for server in SERVERS if server.name in wanted_names}
     servers = [server for server in SERVERS if versions.get(server.name)]
+    if not servers:
+        sys.exit("none of these servers is installed here; pip install -r benchmarks/requirements-peers.txt")
     faults = {name: "not installed" for name, found in versions.items() if not found}
 
     os.environ["ENCNET_MODEL"] = str(options.model.resolve())
