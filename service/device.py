@@ -37,12 +37,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Job:
-    """One picture on its way: uint8 (H, W, 3), its plan, its work, and when it is of no use any more (monotonic)."""
+    """One picture on its way: uint8 (H, W, 3), its plan, its work, and when it is of no use any more (monotonic).
+
+    `alone`: no other picture was on its way to the device when this one came.
+    """
 
     image: np.ndarray
     plan: Plan
     work: Work
     deadline: float
+    alone: bool = True
     done: "Future[tuple[Segmentation, float]]" = field(default_factory=Future)
     queued: float = field(default_factory=time.monotonic)
 
@@ -52,7 +56,7 @@ class _Run:
     """What one thread is running: the jobs that are lost if it dies; times are monotonic."""
 
     jobs: list[Job]
-    beside: bool  # whether others ran or waited when it began
+    beside: bool  # see Device._has_company
     started: float
     hangs_from: float
     share_before: float  # see Device._share
@@ -200,9 +204,19 @@ class Device:
         now = time.monotonic()
         predicted = self.cost_model.predict(_total(jobs)) * (len(self._runs) + 1)
         hangs_from = now + max(self._hang_seconds, 10 * predicted)
-        run = _Run(jobs, bool(self._runs or self._waiting), now, hangs_from, self._share)
+        run = _Run(jobs, self._has_company(jobs), now, hangs_from, self._share)
         self._runs.append(run)
         return run
+
+    def _has_company(self, jobs: list[Job]) -> bool:
+        """Whether a run of these jobs will not have the device to itself. The lock is held.
+
+        Of a picture that is still on its way no more is known than that it comes: it is taken to be as large as these.
+        """
+        if self._runs:
+            return True
+        next_one = self._waiting[0] if self._waiting else None if jobs[0].alone else jobs[0]
+        return next_one is not None and sum(map(_pixels, jobs)) + _pixels(next_one) <= self._beside_pixels
 
     def _end(self, run: _Run) -> float | None:
         """Strike a run off the books: the seconds of the device that it took, None where the watchdog was quicker."""

@@ -135,7 +135,7 @@ class Pipeline:
             else:
                 picture = Picture(source, "RGB", "array", exif_applied=False, size=(width, height))
                 waited, timings["decode"] = 0.0, 0.0
-            job = Job(picture.pixels, plan, estimate.work, deadline)
+            job = Job(picture.pixels, plan, estimate.work, deadline, alone=self.admitted_requests == 1)
             self.device.submit(job)
             segmentation, queued_s = await self._outcome(job, departed)
             timings["queue"] = waited + queued_s * 1000

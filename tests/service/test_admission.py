@@ -19,6 +19,7 @@ from tiny_model import encoded
 
 from service.app import create_app
 from service.cost import CostModel, Work, work_of
+from service.device import Job
 from service.engine import Engine
 from service.errors import Departed, InputError, Refusal
 from service.models import Models
@@ -174,6 +175,21 @@ def test_the_deadline_ends_a_request_that_runs(pipeline: Callable[..., Pipeline]
         refused = await refusal_of(served.segment(GREY, Options.model_construct(timeout_ms=50)))
         assert (refused.code, refused.status) == ("deadline_passed", 504)
         assert served.admitted_requests == 0
+
+    run(main)
+
+
+def test_the_device_is_told_whether_others_are_on_their_way(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        served = pipeline()
+        jobs: list[Job] = []
+        submit = served.device.submit
+        served.device.submit = lambda job: [jobs.append(job), submit(job)]  # type: ignore[method-assign,func-returns-value]
+        first, second = await started(served), await started(served)
+        gate.set()
+        await asyncio.gather(first, second)
+        await served.segment(GREY, Options())
+        assert [job.alone for job in jobs] == [True, False, True]
 
     run(main)
 

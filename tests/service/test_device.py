@@ -90,11 +90,13 @@ def device(model_file: Path, engines: list[Moody]) -> Iterator[Callable[..., Dev
         one.close()
 
 
-def submit(device: Device, deadline: float = float("inf"), shape: tuple[int, int] = (8, 8)) -> "Future[Any]":
+def submit(
+    device: Device, deadline: float = float("inf"), shape: tuple[int, int] = (8, 8), alone: bool = True
+) -> "Future[Any]":
     assert device.engine
     plan = device.engine.plan()
     image = np.full((*shape, 3), 128, np.uint8)
-    job = Job(image, plan, device.engine.work(*shape, plan), deadline)
+    job = Job(image, plan, device.engine.work(*shape, plan), deadline, alone)
     device.submit(job)
     return job.done
 
@@ -295,6 +297,13 @@ def test_a_lone_picture_has_all_threads_and_pictures_side_by_side_share_them(
     assert engines[0].beside >= 2, "those that began while others ran or waited"
 
 
+def test_a_picture_that_others_follow_leaves_them_their_threads(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    submit(device(lanes=2), alone=False).result(WAIT)
+    assert engines[0].beside == 1
+
+
 def test_a_dead_lane_fails_its_own_run_only(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device(lanes=2)
     neighbour = submit(served, shape=STUCK)
@@ -342,16 +351,17 @@ def test_a_device_gone_under_two_lanes_is_restarted_once(device: Callable[..., D
     assert len(engines) == 2
 
 
-def test_large_pictures_run_one_at_a_time(device: Callable[..., Device], engines: list[Moody]) -> None:
+def test_large_pictures_run_one_at_a_time_on_all_threads(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device(lanes=2, beside_pixels=2 * 64 - 1)
     engines[0].go_on.clear()
-    jobs = [submit(served), submit(served)]
+    jobs = [submit(served, alone=False), submit(served), submit(served)]
     assert engines[0].entered.wait(WAIT)
     time.sleep(0.05)
     assert len(engines[0].runs) == 1
     engines[0].go_on.set()
     for job in jobs:
         job.result(WAIT)
+    assert engines[0].beside == 0
 
 
 def test_runs_side_by_side_share_the_devices_time(device: Callable[..., Device], engines: list[Moody]) -> None:
