@@ -64,7 +64,7 @@ def measure(settings: Settings, number: int, picture: bytes, seconds: float) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--duration", type=float, default=10, help="seconds for each measurement (default 10)")
+    parser.add_argument("--duration", type=float, default=20, help="seconds for each measurement (default 20)")
     parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default 3)")
     parser.add_argument("--image", type=Path, default=ROOT / "examples" / "street.jpg", metavar="FILE")
     parser.add_argument("--output", type=Path, default=RESULTS / "cluster.json", metavar="FILE.json")
