@@ -37,6 +37,7 @@ MOST_MS = 20.0  # six scales with mirroring of a 480x480 picture
 LEAST_SPEEDUP = 10.0  # over the authors' window protocol in eager PyTorch
 LEAST_EQUAL = 0.995  # share of labels that the float32 answer on the CPU has too
 MOST_MS_OVER_WARM = 50.0  # first picture of a new shape
+MOST_COPY_BYTES = 4096  # of a copy inside the graph: sizes and conditions may cross over, nothing of a picture
 
 
 def seeded_network(config: ModelConfig) -> EncNet:
@@ -94,10 +95,11 @@ def used_megabytes() -> float:
         return 0.0
 
 
-def copies(file: Path, device: str, image: np.ndarray) -> dict[str, int]:
-    """Copies between host and device in one picture's run, by direction, off ONNX Runtime's own profile.
+def copies(file: Path, device: str, image: np.ndarray) -> dict[str, dict[str, int]]:
+    """Copies between host and device inside the graph in one picture's run, off ONNX Runtime's own profile.
 
-    The graph's own copies are counted; its inputs go up and its outputs come down once each beside them.
+    By direction their number and the bytes of the largest. The graph's inputs go up and its outputs come down once each
+    beside them.
     """
     import onnxruntime as ort
 
@@ -114,8 +116,12 @@ def copies(file: Path, device: str, image: np.ndarray) -> dict[str, int]:
     feeds = {"image": image[None], "scales": np.asarray(AUTHORS_SCALES, np.float32), "flip": np.asarray(True)}
     session.run(("mask", "presence"), feeds)
     profile = Path(session.end_profiling())
-    names = [event["args"].get("op_name") for event in json.loads(profile.read_text()) if "args" in event]
-    return {name: names.count(name) for name in ("MemcpyFromHost", "MemcpyToHost")}
+    nodes = [event["args"] for event in json.loads(profile.read_text()) if "args" in event]
+    found = {}
+    for name in ("MemcpyFromHost", "MemcpyToHost"):
+        sizes = [int(node["output_size"]) for node in nodes if node.get("op_name") == name and "output_size" in node]
+        found[name] = {"number": len(sizes), "largest_bytes": max(sizes, default=0)}
+    return found
 
 
 @contextmanager
@@ -202,6 +208,7 @@ def service(
         with report.check("one upload and one download a picture"):
             found = copies(half, device, image)
             report.rows.append({"what": "copies inside the graph", **found})
+            assert all(one["largest_bytes"] <= MOST_COPY_BYTES for one in found.values()), str(found)
         with report.check(f"a new shape costs at most {MOST_MS_OVER_WARM:g} ms over a warm one"):
             random = np.random.default_rng(1)
             before, excess = used_megabytes(), []

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 LEAST_SECONDS = 20  # with less left of a piece nothing new is begun
+COMPILE_SECONDS = 130  # more than that, for training on a GPU: torch.compile may take so long before the first step
 RESERVE_SECONDS = 15  # of a piece, to save and stop in
 HANG_SECONDS = 40
 
@@ -62,7 +65,8 @@ def advance(job: Job, root: Path, until: float) -> bool:
     folder, data = root.resolve() / job.name, str(job.data.resolve())
     for step in job.missing(root):
         seconds = until - time.monotonic()
-        if seconds < LEAST_SECONDS:
+        compiles = step == "training" and torch.cuda.is_available()
+        if seconds < LEAST_SECONDS + COMPILE_SECONDS * compiles:
             return False
         if step == "training":
             module, resume = "model.train", ["--resume"] if (folder / "last.pt").exists() else []

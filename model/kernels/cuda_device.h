@@ -19,7 +19,8 @@
 #include <type_traits>
 
 #define DEVICE __device__ __forceinline__
-#define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// `blocks`: of so many threads, that a multiprocessor is to have room for.
+#define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 // ------------------------------------------------------------------------------------------------------- numbers
 

@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int GENERAL_THREADS = 256, SIDE = 64, DEEP = 16;
+constexpr int GENERAL_BLOCKS = 2;  // on a multiprocessor at once
 
 struct GeneralTask {
     const void *x;
@@ -78,7 +79,7 @@ DEVICE float warp_largest(float value) {
 }
 
 template <typename Element, bool BACKWARD>
-KERNEL(GENERAL_THREADS) encode_general(const GeneralTask task) {
+KERNEL(GENERAL_THREADS, GENERAL_BLOCKS) encode_general(const GeneralTask task) {
     const int64_t K = task.codewords_count, D = task.channels, size = K * D, width = 3 * K;
     const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
     float *norms = reinterpret_cast<float *>(shared_memory()) + 2 * DEEP * (SIDE + 4), *totals = norms + SIDE;
@@ -215,7 +216,7 @@ KERNEL(GENERAL_THREADS) encode_general(const GeneralTask task) {
 }
 
 // encoded (B, K, D) from `parts` partial sums of each image, in their order.
-KERNEL(GENERAL_THREADS)
+KERNEL(GENERAL_THREADS, 1)
 add_forward(const float *partials, const float *codewords, float *encoded, int64_t batch, int64_t codewords_count,
             int64_t channels, int64_t parts, float factor) {
     const int64_t size = codewords_count * channels;
@@ -233,7 +234,7 @@ add_forward(const float *partials, const float *codewords, float *encoded, int64
 }
 
 // Gradients of codewords and scale from `count` partial sums, in their order.
-KERNEL(GENERAL_THREADS)
+KERNEL(GENERAL_THREADS, 1)
 add_backward(const float *partials, float *grad_codewords, float *grad_scale, int64_t codewords_count, int64_t channels,
              int64_t count) {
     const int64_t size = codewords_count * channels, all = size + codewords_count;

@@ -155,6 +155,7 @@ struct Fragments<float> {
             }
     }
 
+    // A NaN of the device's own (all ones) becomes -0 here. Lengths, norms and masses are not rounded so and carry it on.
     static DEVICE uint32_t tf32(float value) { return (float_bits(value) + 0x1000u) & 0xffffe000u; }
 
     // number = large + small to 22 bits; of the four products the smallest is left out. Tensor cores cut sums off where
@@ -229,34 +230,40 @@ struct Tile {
         return CHANNELS_LAST ? store.at(position, channel) : store.at(channel, position);
     }
 
-    // Call move(row, column, valid) for every BYTES of the tile, shared out among the threads: elements column to column +
-    // BYTES / size of a row, of which the first `valid` (0 and less: none) are x's and the rest pads.
-    template <int BYTES, typename Move>
-    static DEVICE void each(const Task &task, int64_t tile, Move move) {
+    // Call move(row, column, at, valid) for every BYTES of the tile, shared out among the threads: elements column to column
+    // + BYTES / size of a row, in memory from element `at` on, of which the first `valid` (0 and less: none) are there and
+    // the rest pads.
+    template <int BYTES, int AT_ONCE, typename Move>
+    static DEVICE void each(const Task &task, const Rows &memory, int64_t image, int64_t tile, Move move) {
         constexpr int STEP = BYTES / int(sizeof(Element));
         const int count = int(least(T, task.positions - tile * T));
         const int rows = CHANNELS_LAST ? T : task.depth, columns = CHANNELS_LAST ? task.depth : T;
         const int valid_rows = CHANNELS_LAST ? count : task.channels, valid = CHANNELS_LAST ? task.channels : count;
-        const int steps = columns / STEP;
-#pragma unroll 2
-        for (int index = int(threadIdx.x); index < rows * steps; index += THREADS) {
+        const int steps = columns / STEP, thread = int(threadIdx.x);
+        const int64_t begin = image * memory.image_stride + tile * T * (CHANNELS_LAST ? memory.row_stride : 1);
+        if (!CHANNELS_LAST || THREADS % steps == 0) {  // each thread keeps to a column, and adds where others divide
+            const int column = thread % steps * STEP, apart = THREADS / steps;
+            const int here = valid - column < STEP ? valid - column : STEP;
+            int row = thread / steps;
+            int64_t at = begin + row * memory.row_stride + column;
+            const int64_t stride = apart * memory.row_stride;
+#pragma unroll AT_ONCE
+            for (; row < rows; row += apart, at += stride) move(row, column, at, row < valid_rows ? here : 0);
+            return;
+        }
+#pragma unroll 1
+        for (int index = thread; index < rows * steps; index += THREADS) {
             const int row = index / steps, column = index % steps * STEP;
             const int here = row < valid_rows ? valid - column : 0;
-            move(row, column, here < STEP ? here : STEP);
+            move(row, column, begin + row * memory.row_stride + column, here < STEP ? here : STEP);
         }
-    }
-
-    static DEVICE int64_t offset(const Rows &rows, int64_t image, int64_t tile, int row, int column) {
-        const int64_t first = tile * T;
-        return image * rows.image_stride + (CHANNELS_LAST ? (first + row) * rows.row_stride + column
-                                                          : row * rows.row_stride + first + column);
     }
 
     template <int BYTES>
     static DEVICE void fetch_vectors(const Task &task, const Store &store, int64_t image, int64_t tile) {
         const Element *x = static_cast<const Element *>(task.x.data);
-        each<BYTES>(task, tile, [&](int row, int column, int valid) {
-            const Element *from = valid > 0 ? x + offset(task.x, image, tile, row, column) : x;
+        each<BYTES, 4>(task, task.x, image, tile, [&](int row, int column, int64_t at, int valid) {
+            const Element *from = valid > 0 ? x + at : x;
             Element *to = store.at(row, column);
             if constexpr (BYTES >= 4)
                 copy_async<BYTES>(to, from, valid > 0 ? valid * int(sizeof(Element)) : 0);
@@ -281,9 +288,9 @@ struct Tile {
     static DEVICE void write_vectors(const Task &task, const Store &store, int64_t image, int64_t tile) {
         constexpr int STEP = int(sizeof(Vector) / sizeof(Element));
         Element *grad_x = static_cast<Element *>(task.grad_x.data);
-        each<int(sizeof(Vector))>(task, tile, [&](int row, int column, int valid) {
+        each<int(sizeof(Vector)), 2>(task, task.grad_x, image, tile, [&](int row, int column, int64_t at, int valid) {
             if (valid <= 0) return;
-            Element *to = grad_x + offset(task.grad_x, image, tile, row, column);
+            Element *to = grad_x + at;
             const Element *from = store.at(row, column);
             if (valid == STEP)
                 *reinterpret_cast<Vector *>(to) = *reinterpret_cast<const Vector *>(from);
@@ -522,14 +529,20 @@ struct Turns {
     DEVICE int64_t tile(int64_t turn) const { return first + turn * stride; }
 };
 
-// Go through the tiles of an item, fetching ahead; compute(tile's store, tile's number) may change the store.
+// Begin to fetch the first tiles of an item.
+template <typename S>
+DEVICE void begin_tiles(const Task &task, const S &shared, const Turns &turns) {
+    for (int stage = 0; stage < task.stages; ++stage) {
+        if (stage < turns.count) S::TileOf::fetch(task, shared.tile(task, stage), turns.image, turns.tile(stage));
+        copies_commit();
+    }
+}
+
+// Go through the tiles of an item after begin_tiles, fetching ahead; compute(tile's store, tile's number) may change the
+// store.
 template <typename S, typename Compute>
 DEVICE void each_tile(const Task &task, const S &shared, const Turns &turns, Compute compute) {
     using TileOf = typename S::TileOf;
-    for (int stage = 0; stage < task.stages; ++stage) {
-        if (stage < turns.count) TileOf::fetch(task, shared.tile(task, stage), turns.image, turns.tile(stage));
-        copies_commit();
-    }
     int stage = 0;
     for (int64_t turn = 0; turn < turns.count; ++turn) {
         if (task.stages == 2)
@@ -577,17 +590,19 @@ DEVICE float cluster_sum(const Task &task, const float *from) {
 // ------------------------------------------------------------------------------------------------------- forward
 
 template <typename Element, bool CHANNELS_LAST, int K, int T>
-KERNEL(THREADS) encode_tiles(const Task task) {
+KERNEL(THREADS, 1) encode_tiles(const Task task) {
     using S = Shared<Element, CHANNELS_LAST, K, T, false>;
     using P = Position<K, T>;
     const S shared(task);
     const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
     const int i = thread / P::LANES, among = thread % P::LANES;
-    const int64_t clusters = int64_t(gridDim.x) / task.cluster;
-    prepare(task, shared);
-    for (int64_t item = int64_t(blockIdx.x) / task.cluster; item < task.batch * task.parts; item += clusters) {
+    const int64_t clusters = int64_t(gridDim.x) / task.cluster, slot = int64_t(blockIdx.x) / task.cluster;
+    begin_tiles(task, shared, Turns(task, slot));
+    prepare(task, shared);  // while the tiles come
+    for (int64_t item = slot; item < task.batch * task.parts; item += clusters) {
         float sums[MINE][K / 8][4] = {}, mass[P::EACH] = {};
         const Turns turns(task, item);
+        if (item != slot) begin_tiles(task, shared, turns);
         each_tile(task, shared, turns, [&](const auto &tile, int64_t number) {
             multiply_tile(task, shared, tile, warp, lane);
             __syncthreads();
@@ -682,7 +697,7 @@ DEVICE void finish_pair(const typename TileOf::Store &tile, int t, int d, float 
 }
 
 template <typename Element, bool CHANNELS_LAST, int K, int T>
-KERNEL(THREADS) encode_backward_tiles(const Task task) {
+KERNEL(THREADS, 1) encode_backward_tiles(const Task task) {
     using S = Shared<Element, CHANNELS_LAST, K, T, true>;
     using P = Position<K, T>;
     using TileOf = typename S::TileOf;
@@ -691,11 +706,13 @@ KERNEL(THREADS) encode_backward_tiles(const Task task) {
     const int i = thread / P::LANES, among = thread % P::LANES;
     const int groups = task.depth / 16, size = task.codewords_count * task.channels;
     const int64_t clusters = int64_t(gridDim.x) / task.cluster, slot = int64_t(blockIdx.x) / task.cluster;
-    prepare(task, shared);
+    begin_tiles(task, shared, Turns(task, slot));
+    prepare(task, shared);  // while the tiles come
     float sums[MINE][K / 8][4] = {}, scale_sums[P::EACH] = {};  // both in units of 2^exponent
     int exponent = 0;
     for (int64_t item = slot; item < task.batch * task.parts; item += clusters) {
         const Turns turns(task, item);
+        if (item != slot) begin_tiles(task, shared, turns);
         const float *grad = task.grad + turns.image * size;
         const int before = exponent;
         exponent = exponent_of(task, grad, shared.totals, before);

@@ -116,7 +116,7 @@ int try_tiles(const CudaCall &call, const Limits &limits, bool channels_last, Pl
 
 int plan_general(const CudaCall &call, const Limits &limits, Plan *plan) {
     const encnet_sizes &sizes = *call.sizes;
-    const int64_t blocks = 2 * limits.multiprocessors, partial = 4 * (sizes.channels + 1) * sizes.codewords;
+    const int64_t blocks = GENERAL_BLOCKS * limits.multiprocessors, partial = 4 * (sizes.channels + 1) * sizes.codewords;
     plan->choice.kernel = nullptr;
     plan->tiles = (sizes.positions + SIDE - 1) / SIDE;
     plan->parts = blocks / sizes.batch;

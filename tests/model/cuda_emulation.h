@@ -17,7 +17,7 @@
 #include <vector>
 
 #define DEVICE inline
-#define KERNEL(threads) void
+#define KERNEL(threads, blocks) void
 #define __host__
 #define __device__
 
