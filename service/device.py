@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import onnxruntime as ort
 
 from service.cost import CostModel, Work
-from service.engine import Engine, Plan, Segmentation
+from service.engine import Engine, Plan, Segmentation, Stopped
 from service.errors import Refusal
 
 State = Literal["starting", "ready", "restarting", "failed", "closed"]
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 class Job:
     """One picture on its way: uint8 (H, W, 3), its plan, its work, and when it is of no use any more (monotonic).
 
-    `alone`: no other picture was on its way to the device when this one came.
+    `alone`: no other picture was on its way to the device when this one came. `abandoned`: see Device.abandon.
     """
 
     image: np.ndarray
@@ -47,6 +48,7 @@ class Job:
     work: Work
     deadline: float
     alone: bool = True
+    abandoned: bool = False
     done: "Future[tuple[Segmentation, float]]" = field(default_factory=Future)
     queued: float = field(default_factory=time.monotonic)
 
@@ -60,6 +62,7 @@ class _Run:
     started: float
     hangs_from: float
     share_before: float  # see Device._share
+    options: ort.RunOptions = field(default_factory=ort.RunOptions)
     thread: threading.Thread = field(default_factory=threading.current_thread)
 
 
@@ -116,6 +119,16 @@ class Device:
                 raise self.refusal()
             self._waiting.append(job)
             self._wake.notify_all()
+
+    def abandon(self, job: Job) -> None:
+        """Nobody waits for this job any more: it will not run; a run of which nobody waits for any job is stopped."""
+        if job.done.cancel():
+            return
+        with self._wake:
+            job.abandoned = True
+            for run in self._runs:
+                if job in run.jobs and all(one.abandoned for one in run.jobs):
+                    run.options.terminate = True
 
     def refusal(self) -> Refusal:
         """The error for a request that finds the device in its present state."""
@@ -239,7 +252,11 @@ class Device:
         """Run these jobs of the run, which are all of it or its first."""
         run_together = engine.run_beside if run.beside and engine.lanes > 1 else engine.run
         try:
-            answers = run_together([job.image for job in jobs], jobs[0].plan)
+            answers = run_together([job.image for job in jobs], jobs[0].plan, run.options)
+        except Stopped:
+            self._end(run)
+            _fail(jobs, Refusal("deadline_passed", "nobody waited for the answer any more"))
+            return
         except Exception as error:
             self._after_failure(engine, run, jobs, error)
             return

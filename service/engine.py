@@ -28,6 +28,10 @@ class ModelError(Exception):
     """The model cannot be served; the message is one sentence that says why and what to do."""
 
 
+class Stopped(Exception):
+    """The run was told to stop before it had an answer."""
+
+
 class Metadata(BaseModel):
     """What the file says about itself in its `metadata_props`.
 
@@ -217,33 +221,54 @@ class Engine:
         plan = self.plan(scales, flip, window=window, stride=stride, probabilities=probabilities)
         return self.run([image], plan)[0]
 
-    def run(self, images: Sequence[np.ndarray], plan: Plan) -> list[Segmentation]:
-        """Segment pictures of one shape in one call of ONNX Runtime; with windows, in one call for each window."""
-        return self._run(self._session, images, plan)
+    def run(
+        self, images: Sequence[np.ndarray], plan: Plan, options: ort.RunOptions | None = None
+    ) -> list[Segmentation]:
+        """Segment pictures of one shape in one call of ONNX Runtime; with windows, in one call for each window.
 
-    def run_beside(self, images: Sequence[np.ndarray], plan: Plan) -> list[Segmentation]:
+        Another thread may set `options.terminate`; the run then raises Stopped at its next step.
+        """
+        return self._run(self._session, images, plan, options)
+
+    def run_beside(
+        self, images: Sequence[np.ndarray], plan: Plan, options: ort.RunOptions | None = None
+    ) -> list[Segmentation]:
         """As `run`, to the same bits, on the threads of one lane."""
-        return self._run(self._narrow, images, plan)
+        return self._run(self._narrow, images, plan, options)
 
-    def _run(self, session: ort.InferenceSession, images: Sequence[np.ndarray], plan: Plan) -> list[Segmentation]:
+    def _run(
+        self, session: ort.InferenceSession, images: Sequence[np.ndarray], plan: Plan, options: ort.RunOptions | None
+    ) -> list[Segmentation]:
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
+        options = options or ort.RunOptions()
         started = time.perf_counter()
-        if plan.window:
-            answers = [self._windows(session, image, plan) for image in images]
-        else:
-            wanted = _OUTPUTS if plan.probabilities else _OUTPUTS[:2]
-            batch = images[0][None] if len(images) == 1 else np.stack(images)
-            outputs = session.run(wanted, _feeds(batch, plan), self._run_options(session, batch))
-            answers = list(zip(*outputs, *([] if plan.probabilities else [[None] * len(images)]), strict=True))
+        try:
+            if plan.window:
+                answers = [self._windows(session, image, plan, options) for image in images]
+            else:
+                answers = self._views(session, images, plan, options)
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
+            if options.terminate:
+                raise Stopped("the run was told to stop") from error
+            raise
         infer_ms = (time.perf_counter() - started) * 1000
         return [
             Segmentation(mask, presence, plan.scales, plan.flip, infer_ms, probabilities, len(images))
             for mask, presence, probabilities in answers
         ]
 
-    def _run_options(self, session: ort.InferenceSession, batch: np.ndarray) -> ort.RunOptions | None:
+    def _views(
+        self, session: ort.InferenceSession, images: Sequence[np.ndarray], plan: Plan, options: ort.RunOptions
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """Mask, presence and (if the plan asks) probabilities of each picture."""
+        batch = images[0][None] if len(images) == 1 else np.stack(images)
+        self._mind_memory(session, batch, options)
+        outputs = session.run(_OUTPUTS if plan.probabilities else _OUTPUTS[:2], _feeds(batch, plan), options)
+        return list(zip(*outputs, *([] if plan.probabilities else [[None] * len(images)]), strict=True))
+
+    def _mind_memory(self, session: ort.InferenceSession, batch: np.ndarray, options: ort.RunOptions) -> None:
         """On a CPU, memory is kept only from one run to the next of the same shape, and not after a large one.
 
         ONNX Runtime's arena would keep the most that it ever took, and under mixed shapes a good deal more. Giving it
@@ -251,14 +276,11 @@ class Engine:
         """
         alike = self._shapes.get(session) == batch.shape
         self._shapes[session] = batch.shape
-        if self.device != "cpu" or (alike and batch.size < 3 * _KEPT_PIXELS):
-            return None
-        options = ort.RunOptions()
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return options
+        if self.device == "cpu" and not (alike and batch.size < 3 * _KEPT_PIXELS):
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def _windows(
-        self, session: ort.InferenceSession, image: np.ndarray, plan: Plan
+        self, session: ort.InferenceSession, image: np.ndarray, plan: Plan, options: ort.RunOptions
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Mask, presence and (if the plan asks) probabilities of one picture, window by window."""
         height, width, _ = image.shape
@@ -271,7 +293,7 @@ class Engine:
             for left in window_starts(width, window, stride):
                 part = (slice(top, top + window), slice(left, left + window))
                 crop = np.ascontiguousarray(image[part])
-                scores, probabilities = session.run(_OUTPUTS[1:], _feeds(crop[None], plan))
+                scores, probabilities = session.run(_OUTPUTS[1:], _feeds(crop[None], plan), options)
                 total[:, *part] += probabilities[0]
                 visits[part] += 1
                 np.maximum(presence, scores[0], out=presence)

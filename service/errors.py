@@ -13,6 +13,7 @@ STATUS_OF_CODE = {
     "control_off": 403,
     "unknown_model": 404,
     "not_acceptable": 406,
+    "upload_too_slow": 408,
     "too_many_bytes": 413,
     "too_many_pixels": 413,
     "not_an_image": 415,

@@ -1,5 +1,6 @@
 """Around every request: its id, its key, its bytes, its log line and its count."""
 
+import asyncio
 import hmac
 import logging
 import re
@@ -28,6 +29,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = {"/livez", "/readyz", "/metrics"}  # asked for every few seconds: logged at debug level
 _SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 
+_RESTART_SECONDS = 5.0  # told to those whom a stop cut off
+
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +46,7 @@ class RequestContext:
         self.metrics = metrics
         self.keys = [key.get_secret_value().encode() for key in settings.api_keys]
         self.bytes_limit = settings.max_buffered_bytes
+        self.upload_seconds = settings.upload_timeout_ms / 1000
         self.bytes_held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +59,7 @@ class RequestContext:
         request.state.reason = "ok"
         logs.request_id.set(request.state.request_id)
         started = time.perf_counter()
-        status, held = 0, 0
+        status, held, uploaded = 0, 0, False
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -68,8 +72,15 @@ class RequestContext:
             await send(message)
 
         async def receive_within_limit() -> Message:
-            nonlocal held
-            message = await receive()
+            nonlocal held, uploaded
+            left = None if uploaded else started + self.upload_seconds - time.perf_counter()
+            try:
+                async with asyncio.timeout(left):
+                    message = await receive()
+            except TimeoutError:
+                text = f"the request's body was not there after {self.upload_seconds:g} s"
+                raise InputError("upload_too_slow", text) from None
+            uploaded = not message.get("more_body", False)
             size = len(message.get("body", b""))
             if size and self.bytes_held + size > self.bytes_limit:
                 raise Refusal("overloaded", "too many bytes are being received at the same time", 1.0)
@@ -85,6 +96,10 @@ class RequestContext:
                 await error_response(request, error)(scope, receive, send_with_headers)
         except (ClientDisconnect, Departed):
             status = status or 499
+        except asyncio.CancelledError:  # the grace period is over
+            if not status:
+                gone = Refusal("draining", "the service stopped before this request was finished", _RESTART_SECONDS)
+                await error_response(request, gone)(scope, receive, send_with_headers)
         except Exception:
             _log.exception("the request failed")
             if not status:
@@ -113,9 +128,10 @@ class RequestContext:
             self.metrics.departed.inc()
         self.metrics.requests.labels(route, str(status), reason).inc()
         level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
-        facts = {"method": request.method, "path": scope["path"], "status": status, "reason": reason}
+        path = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in scope["path"])
+        facts = {"method": request.method, "path": path, "status": status, "reason": reason}
         if _log.isEnabledFor(level):
-            line = f"{request.method} {scope['path']} {status} {reason} {seconds * 1000:.1f} ms"
+            line = f"{request.method} {path} {status} {reason} {seconds * 1000:.1f} ms"
             _log.log(level, line, extra={**facts, "ms": round(seconds * 1000, 2)})
 
 

@@ -6,9 +6,9 @@ a picture is known from its header before either.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -127,7 +127,10 @@ class Pipeline:
             width, height = await self._size(source, options, deadline)
         else:
             height, width = source.shape[:2]
-        with self._admission(self.estimate(width, height, plan), deadline) as estimate:
+        estimate = self.estimate(width, height, plan)
+        release = self._admit(estimate, deadline)
+        submitted = None
+        try:
             timings: dict[str, float] = {}
             if isinstance(source, bytes):
                 work = partial(decode, source, **self._limits(), max_side=options.max_side)
@@ -137,11 +140,14 @@ class Pipeline:
                 waited, timings["decode"] = 0.0, 0.0
             job = Job(picture.pixels, plan, estimate.work, deadline, alone=self.admitted_requests == 1)
             self.device.submit(job)
+            submitted = job
             segmentation, queued_s = await self._outcome(job, departed)
             timings["queue"] = waited + queued_s * 1000
             timings["infer"] = segmentation.infer_ms
             self.on_answer(segmentation)
             return Result(picture, segmentation, estimate.work, estimate.run_s * 1000, timings)
+        finally:
+            self._leave(submitted, release)
 
     def fullness(self) -> float:
         """Share of the admission limit that is taken, 0..1 and above where one large picture is in."""
@@ -159,9 +165,9 @@ class Pipeline:
         size, _, _ = await in_pool(self.readers, partial(read_size, data, **self._limits()), deadline)
         return reduced_size(*size, options.max_side)
 
-    @contextmanager
-    def _admission(self, estimate: Estimate, deadline: float) -> Iterator[Estimate]:
-        """Let a request in, or raise Refusal: over the cost limit, or with no chance to be in time.
+    def _admit(self, estimate: Estimate, deadline: float) -> Callable[[], None]:
+        """Let a request in, or raise Refusal: over the cost limit, or with no chance to be in time. What is returned is
+        to be called when its work is over.
 
         A request that finds nobody before it is always let in, whatever it costs.
         """
@@ -189,12 +195,28 @@ class Pipeline:
         self.admitted_requests += 1
         self.admitted_cost += estimate.work.cost
         self._unfinished_s += estimate.run_s
-        try:
-            yield estimate
-        finally:
+
+        def release() -> None:
             self.admitted_requests -= 1
             self.admitted_cost -= estimate.work.cost
             self._unfinished_s = self._unfinished_s - estimate.run_s if self.admitted_requests else 0.0
+
+        return release
+
+    def _leave(self, job: Job | None, release: Callable[[], None]) -> None:
+        """A request ends; what the device still does for it counts until that is over, too."""
+        if job is not None and not job.done.done():
+            self.device.abandon(job)
+        if job is None or job.done.done():
+            release()
+            return
+        loop = asyncio.get_running_loop()
+
+        def over(done: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the service has ended
+                loop.call_soon_threadsafe(release)
+
+        job.done.add_done_callback(over)
 
     async def _outcome(
         self, job: Job, departed: "asyncio.Future[None] | asyncio.Task[None] | None"

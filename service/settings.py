@@ -47,6 +47,7 @@ class Settings(BaseSettings):
     max_buffered_bytes: int = Field(
         default=512 * 2**20, ge=1, description="Most bytes of request bodies to hold at a time; beyond it, 429."
     )
+    upload_timeout_ms: int = Field(default=60_000, ge=1, description="Time for a request's body to be there.")
     min_scale: float = Field(default=0.25, gt=0, description="Smallest scale a request may ask for.")
     max_scale: float = Field(default=3.0, gt=0, description="Largest scale a request may ask for.")
     max_scales: int = Field(default=8, ge=1, description="Most scales in one request; `flip` doubles the views.")

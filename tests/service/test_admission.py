@@ -37,11 +37,11 @@ class Gated(Engine):
     gate: threading.Event
     runs = 0
 
-    def run(self, images: Any, plan: Any) -> Any:
+    def run(self, images: Any, plan: Any, options: Any = None) -> Any:
         if plan.scales == (1.0,):
             self.runs += 1
             assert self.gate.wait(WAIT)
-        return super().run(images, plan)
+        return super().run(images, plan, options)
 
 
 @pytest.fixture
@@ -169,12 +169,19 @@ def test_who_cannot_be_in_time_is_refused_at_once(pipeline: Callable[..., Pipeli
     run(main)
 
 
-def test_the_deadline_ends_a_request_that_runs(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+def test_the_deadline_ends_a_request_that_runs_and_its_cost_counts_until_the_run_is_over(
+    pipeline: Callable[..., Pipeline], gate: Any
+) -> None:
     async def main() -> None:
-        served = pipeline()
-        refused = await refusal_of(served.segment(GREY, Options.model_construct(timeout_ms=50)))
+        served = pipeline(deadline_share=1.0)
+        refused = await refusal_of(served.segment(GREY, Options.model_construct(timeout_ms=200)))
         assert (refused.code, refused.status) == ("deadline_passed", 504)
-        assert served.admitted_requests == 0
+        assert served.engine.runs == 1  # type: ignore[attr-defined]
+        assert served.admitted_requests == 1
+        gate.set()
+        while served.admitted_requests:
+            await asyncio.sleep(0.005)
+        assert served.admitted_cost == 0
 
     run(main)
 
@@ -289,8 +296,8 @@ def test_a_client_that_leaves_is_counted_and_no_failure(
             connection.sendall(head.encode() + picture)
             until(lambda: 'encnet_queue_requests{model="tiny"} 1.0' in metrics())
         until(lambda: "encnet_departed_total 1.0" in metrics())
-        assert 'encnet_queue_requests{model="tiny"} 0.0' in metrics()
         gate.set()
+        until(lambda: 'encnet_queue_requests{model="tiny"} 0.0' in metrics())
     models.close()
     assert "Traceback" not in caplog.text
 

@@ -39,14 +39,14 @@ class Moody(Engine):
         self.stuck = threading.Event()  # set once a picture of the shape STUCK is being run, until come_back
         self.come_back = threading.Event()
 
-    def run(self, images: Any, plan: Any) -> Any:
+    def run(self, images: Any, plan: Any, options: Any = None) -> Any:
         self.meet(images, plan)
-        return super().run(images, plan)
+        return super().run(images, plan, options)
 
-    def run_beside(self, images: Any, plan: Any) -> Any:
+    def run_beside(self, images: Any, plan: Any, options: Any = None) -> Any:
         self.beside += plan.scales == (1.0,)
         self.meet(images, plan)
-        return super().run_beside(images, plan)
+        return super().run_beside(images, plan, options)
 
     def meet(self, images: Any, plan: Any) -> None:
         if self.broken:
@@ -275,6 +275,44 @@ def test_what_the_first_load_raises_reaches_the_caller() -> None:
     with pytest.raises(ValueError, match="no such model"):
         served.wait_until_started()
     assert served.state == "failed"
+
+
+def test_a_run_that_nobody_waits_for_is_stopped(device: Callable[..., Device], engines: list[Moody]) -> None:
+    served = device()
+    engines[0].go_on.clear()
+    image = np.full((8, 8, 3), 128, np.uint8)
+    plan = engines[0].plan()
+    jobs = [Job(image, plan, engines[0].work(8, 8, plan), float("inf")) for _ in range(2)]
+    for job in jobs:
+        served.submit(job)
+    assert engines[0].entered.wait(WAIT)
+    for job in jobs:
+        served.abandon(job)
+    assert jobs[1].done.cancelled(), "this one never ran"
+    assert not jobs[0].done.done()
+    engines[0].go_on.set()
+    error = jobs[0].done.exception(WAIT)
+    assert isinstance(error, Refusal)
+    assert submit(served).result(WAIT)[0].mask.shape == (8, 8)
+    assert (len(engines), engines[0].runs, served.state) == (1, [1, 1], "ready")
+
+
+def test_a_run_goes_on_while_somebody_waits_for_one_of_its_pictures(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(max_batch=2)
+    engines[0].go_on.clear()
+    submit(served)
+    until(lambda: engines[0].runs == [1])
+    plan = engines[0].plan()
+    left, kept = (Job(GREY, plan, engines[0].work(8, 8, plan), float("inf")) for _ in range(2))
+    served.submit(left)
+    served.submit(kept)
+    engines[0].entered.clear()
+    engines[0].go_on.set()
+    assert engines[0].entered.wait(WAIT)
+    served.abandon(left)
+    assert kept.done.result(WAIT)[0].mask.shape == (8, 8)
 
 
 # ---- lanes

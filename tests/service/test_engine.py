@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import helper
 from tiny_model import CLASSES, GAIN, METADATA, PALETTE, tiny_model
 
-from service.engine import Engine, ModelError
+from service.engine import Engine, ModelError, Stopped
 
 REQUIRED = [key for key in METADATA if key != "graph"]
 
@@ -260,3 +261,13 @@ def test_a_large_picture_does_not_keep_its_memory(engine: Engine) -> None:
     before = resident()
     engine.segment(large)
     assert resident() - before < 400e6, "1.4 GB are kept otherwise"
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_run_told_to_stop_ends_without_an_answer(engine: Engine, quadrants: np.ndarray, window: int | None) -> None:
+    options = ort.RunOptions()
+    options.terminate = True
+    plan = engine.plan(window=window)
+    with pytest.raises(Stopped):
+        engine.run([quadrants], plan, options)
+    assert engine.run([quadrants], plan)[0].mask.shape == quadrants.shape[:2]

@@ -367,14 +367,14 @@ def test_inference_does_not_block_the_event_loop(client_with: Callable[..., Test
     begun, go_on, running, most = threading.Event(), threading.Event(), [], []
 
     class Slow(Engine):
-        def run(self, images: Any, plan: Any) -> Any:
+        def run(self, images: Any, plan: Any, options: Any = None) -> Any:
             if plan.scales == (1.0,):  # not the warm-up
                 running.append(1)
                 most.append(len(running))
                 begun.set()
                 assert go_on.wait(60)
                 running.pop()
-            return super().run(images, plan)
+            return super().run(images, plan, options)
 
     with client_with(lambda path, settings: Slow(path, "cpu")) as client, ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(client.post, "/segment", content=png) for _ in range(3)]

@@ -144,6 +144,13 @@ def test_json_log_lines_carry_the_request_and_its_id(client: TestClient, png: by
 # ---- several models
 
 
+def test_a_path_cannot_forge_log_lines(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "service.middleware"):
+        client.get("/x%0aINFO POST /segment 200 ok%1b[31m")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "service.middleware"]
+    assert "/x\\x0aINFO POST /segment 200 ok\\x1b[31m" in line
+
+
 def test_models_are_chosen_by_name(
     client_with: Callable[..., TestClient], other_model: Path, png: bytes, model_file: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -126,6 +127,34 @@ def test_the_grace_period_ends_a_stop_that_would_never_end(serve: Serve, model_f
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT) == 0
         assert answer.exception() is not None or answer.result().status_code >= 500
+
+
+def unfinished_upload(address: str) -> socket.socket:
+    """A connection with a request of which the body's end is missing."""
+    host, port = address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), WAIT)
+    connection.sendall(b"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\nabc")
+    return connection
+
+
+def test_an_upload_that_does_not_end_is_told_that_the_service_stops(serve: Serve) -> None:
+    process, address = serve(ENCNET_GRACE_SECONDS="1")
+    with unfinished_upload(address) as connection:
+        time.sleep(0.5)
+        process.terminate()
+        answer = connection.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+    output, _ = process.communicate(timeout=WAIT)
+    assert process.returncode == 0
+    assert "Traceback" not in output
+
+
+def test_an_upload_that_does_not_end_is_given_up(serve: Serve) -> None:
+    _, address = serve(ENCNET_UPLOAD_TIMEOUT_MS="300", ENCNET_MAX_BUFFERED_BYTES="9000")
+    with unfinished_upload(address) as connection:
+        answer = connection.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+    assert httpx.post(f"{address}/segment", content=b"x" * 8999).status_code == 415, "its bytes are let go"
 
 
 def test_a_server_whose_model_is_gone_for_good_ends_for_its_supervisor(model_file: Path) -> None:
