@@ -55,6 +55,19 @@ def test_overlay_is_the_picture_in_colours(client: TestClient, quadrants: np.nda
     assert client.post("/segment?format=overlay", content=encoded(quadrants)).headers["content-type"] == "image/jpeg"
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_picture_longer_than_a_jpeg_can_be(client: TestClient, format: str) -> None:
+    content = encoded(np.zeros((1, 70_000, 3), np.uint8))
+    answer = client.post("/segment", params={"format": format}, content=content)
+    if format != "overlay":
+        assert answer.status_code == 200, answer.text
+        return
+    assert answer.status_code == 415
+    assert "70000 x 1" in answer.json()["error"]["message"]
+    answer = client.post("/segment?format=overlay", content=content, headers={"Accept": "image/png"})
+    assert Image.open(io.BytesIO(answer.content)).size == (70_000, 1)
+
+
 def test_npz_has_the_probabilities_that_the_mask_is_the_largest_of(
     client: TestClient, engine: Engine, noisy: np.ndarray
 ) -> None:
