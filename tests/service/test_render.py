@@ -80,7 +80,7 @@ def test_overlay_blends_half_and_half_and_leaves_no_class_alone(
 @pytest.mark.parametrize("shape", [(1, 65_501), (70_000, 1)])
 def test_an_overlay_longer_than_a_jpeg_can_be_is_had_as_png(shape: tuple[int, int]) -> None:
     pixels, mask = np.zeros((*shape, 3), np.uint8), np.zeros(shape, np.uint8)
-    with pytest.raises(InputError, match="65500 pixels a side.* as PNG"):
+    with pytest.raises(InputError, match=r"65500 pixels a side.* as PNG"):
         overlay_picture(pixels, mask, PALETTE)
     assert opened(overlay_picture(pixels, mask, PALETTE, file_format="PNG")).size == shape[::-1]
 
