@@ -159,6 +159,20 @@ def test_a_wrong_environment_variable_is_named(picture: Path, monkeypatch: pytes
     assert "ENCNET_MAX_PIXELS" in result.stderr
 
 
+def test_a_settings_file_that_is_not_text_is_a_sentence(picture: Path) -> None:
+    Path("encnet.env").write_bytes("ENCNET_MODELS=größe=a.onnx".encode("latin-1"))
+    result = run("segment", picture)
+    assert result.exit_code == 2
+    assert "encnet.env is not text in UTF-8" in result.stderr
+
+
+def test_a_host_that_is_none_is_a_sentence() -> None:
+    result = run("serve", "--host", "a" * 70)
+    assert result.exit_code == 2
+    assert "host: " in result.stderr
+    assert "name of a host" in result.stderr
+
+
 def test_limits_of_the_environment_apply(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENCNET_MAX_PIXELS", "1199")
     result = run("segment", picture)
