@@ -35,6 +35,8 @@ SYNTHETIC_SIZE = (640, 480)
 MAX_CLIENTS = 2000  # each is a thread and a socket
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HEADER_VALUE = re.compile(r"[\t -~\x80-\xff]*")  # http.client sends Latin-1
+_PATH = re.compile(r"[!-~]+")
 _PAUSE_AFTER_ERROR = 0.05  # seconds, so that a dead server is not met with a busy loop
 _TICK = 0.1  # seconds between two moves of the progress bar
 
@@ -116,12 +118,17 @@ def read_target(url: str, options: Mapping[str, str], headers: Mapping[str, str]
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
+        (host or "").encode("idna")  # as the connection will
+    except UnicodeError:
+        raise BenchError(f"{url} is not a URL: the name of its host is too long or not a name") from None
     except ValueError as error:
         raise BenchError(f"{url} is not a URL: {error}") from None
     if parts.scheme not in ("http", "https") or not host:
         raise BenchError(f"{url} is not a URL of a server; it looks like http://127.0.0.1:8000")
     query = "&".join(part for part in (parts.query, urlencode(options)) if part)
     path = (parts.path.rstrip("/") or "/segment") + (f"?{query}" if query else "")
+    if not _PATH.fullmatch(path) or " " in host:
+        raise BenchError(f"{url} is not a URL: spaces and characters beyond ASCII are written as in %20 and %C3%A9")
     return Target(host, port, parts.scheme == "https", path, headers, timeout)
 
 
@@ -137,12 +144,14 @@ def read_concurrency(text: str) -> list[int]:
 
 
 def read_headers(lines: Sequence[str]) -> dict[str, str]:
-    """Headers, each as in "Name: value". Raises BenchError for what has no name."""
+    """Headers, each as in "Name: value". Raises BenchError for what has no name, or a value that cannot be sent."""
     headers = {}
     for line in lines:
         name, colon, value = line.partition(":")
-        if not (colon and _HEADER_NAME.fullmatch(name) and "\n" not in value):
+        if not (colon and _HEADER_NAME.fullmatch(name)):
             raise BenchError(f"--header is as in 'Authorization: Bearer KEY', not {line!r}")
+        if not _HEADER_VALUE.fullmatch(value):
+            raise BenchError(f"--header {name} is one line of Latin-1 characters, not {value.strip()!r}")
         headers[name] = value.strip()
     return headers
 

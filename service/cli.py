@@ -504,6 +504,8 @@ def _settings(**given: Any) -> Settings:
     """Settings of the environment, with the options given on the command line over them."""
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
+    except UnicodeDecodeError:
+        _fail("the settings file encnet.env is not text in UTF-8; save it as that", 2)
     except ValidationError as error:
         _fail(
             "; ".join(_faults(error, lambda name: name if given.get(name) is not None else f"ENCNET_{name.upper()}")), 2

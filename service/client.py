@@ -347,6 +347,8 @@ def _params(options: Mapping[str, Any]) -> dict[str, str]:
     """Options as a query says them; None is an option that is not given."""
     if "format" in options:
         raise ValueError("the client reads format json itself; for the others, POST to /segment with httpx or curl")
+    if options.get("dry_run"):
+        raise ValueError("the client gives back masks, and dry_run has none; POST to /segment with httpx or curl")
     return {name: _text(value) for name, value in options.items() if value is not None}
 
 

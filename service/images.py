@@ -184,6 +184,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         wide = np.asarray(image).astype(np.uint32)
         grey = (wide * 255 + _WHITE_16_BIT // 2) // _WHITE_16_BIT
+        grey[wide == image.info.get("transparency", -1)] = 255
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in _ALPHA_MODES or (image.mode in _PLAIN_MODES and image.has_transparency_data):
         layer = image.convert("RGBA")

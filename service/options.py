@@ -67,7 +67,12 @@ class Options(BaseModel):
     @field_validator("classes", mode="before")
     @classmethod
     def _read_classes(cls, value: Any) -> tuple[str, ...] | None:
-        return None if value is None else tuple(part.strip() for part in str(value).split(",") if part.strip())
+        if value is None:
+            return None
+        classes = tuple(part.strip() for part in str(value).split(",") if part.strip())
+        if not classes:
+            raise ValueError("must be names or ids of classes separated by commas")
+        return classes
 
     @field_validator("timeout_ms")
     @classmethod
@@ -95,11 +100,12 @@ def parse_options(pairs: Iterable[tuple[str, str]], settings: Settings) -> Optio
     """Names and texts, from wherever the request gives them -> Options.
 
     A blank text counts as not given, as browsers send blank form fields. An option may be repeated, say in the query
-    and in the form, as long as it says the same.
+    and in the form, as long as it says the same: 1 and 1.0 do.
 
     Raises InputError with code unknown_option, contradicting_options or invalid_option.
     """
     given: dict[str, str] = {}
+    repeated: dict[tuple[str, str], None] = {}
     for name, text in pairs:
         text = text.strip()
         if name not in Options.model_fields:
@@ -108,14 +114,25 @@ def parse_options(pairs: Iterable[tuple[str, str]], settings: Settings) -> Optio
         if not text:
             continue
         if given.setdefault(name, text) != text:
-            raise InputError(
-                "contradicting_options", f"option {name} is given twice: {given[name][:64]!r} and {text[:64]!r}"
-            )
+            repeated[name, text] = None
     try:
-        return Options.model_validate(given, context=settings)
+        options = Options.model_validate(given, context=settings)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         raise InputError("invalid_option", "; ".join(_sentence(fault, given) for fault in faults)) from None
+    for name, text in repeated:
+        if not _says_the_same(options, {**given, name: text}, settings):
+            raise InputError(
+                "contradicting_options", f"option {name} is given twice: {given[name][:64]!r} and {text[:64]!r}"
+            )
+    return options
+
+
+def _says_the_same(options: Options, given: dict[str, str], settings: Settings) -> bool:
+    try:
+        return Options.model_validate(given, context=settings) == options
+    except ValidationError:
+        return False
 
 
 def option_pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,9 +9,12 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from service.errors import InputError
+
 _LEVEL = 1  # of zlib, the fastest; with Z_RLE half the time of level 6 and a smaller file, as masks are flat
 _RUN_LENGTH = 3  # zlib calls it Z_RLE
 _JPEG_QUALITY = 90
+_JPEG_SIDE = 65_500  # libjpeg's limit; the format's own is 65535
 
 
 def mask_png(
@@ -51,7 +54,16 @@ def overlay_picture(
 
     `pixels` uint8 (H, W, 3), `mask` uint8 or uint16 (H, W), `opacity` of the colours 0..1. Where the mask has its
     dtype's largest value, which is no class, the picture stays as it is.
+
+    Raises InputError with code unsupported for a picture longer than a JPEG can be.
     """
+    height, width = mask.shape
+    if file_format == "JPEG" and max(width, height) > _JPEG_SIDE:
+        raise InputError(
+            "unsupported",
+            f"an overlay as JPEG has at most {_JPEG_SIDE} pixels a side, and the picture is {width} x {height}; "
+            "reduce it (max_side), do without the overlay, or ask for it as PNG (Accept: image/png)",
+        )
     other = np.iinfo(mask.dtype).max
     colours = np.zeros((other + 1, 3), np.uint8)
     colours[: len(palette)] = palette

@@ -80,6 +80,15 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people, or for programs.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
 
+    @field_validator("host")
+    @classmethod
+    def _host_can_be_looked_up(cls, value: str) -> str:
+        try:
+            value.encode("idna")  # as the resolver will
+        except UnicodeError:
+            raise ValueError(f"{value[:128]!r} is neither an address nor the name of a host") from None
+        return value
+
     @field_validator("models", mode="before")
     @classmethod
     def _read_models(cls, value: object) -> object:
@@ -88,6 +97,9 @@ class Settings(BaseSettings):
         pairs = [part.partition("=") for part in value.split(",") if part.strip()]
         if not all(name.strip() and path.strip() for name, _, path in pairs):
             raise ValueError("must be NAME=FILE.onnx pairs separated by commas")
+        names = [name.strip() for name, _, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the model name {twice[0]!r} is given twice; choose another for one of them")
         return {name.strip(): path.strip() for name, _, path in pairs}
 
     @field_validator("models")
@@ -101,7 +113,12 @@ class Settings(BaseSettings):
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
     def _read_list(cls, value: object) -> object:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        if value.strip() and not parts:
+            raise ValueError("has commas and nothing between them; leave it out where none is wanted")
+        return parts
 
     @model_validator(mode="after")
     def _settings_agree(self) -> "Settings":

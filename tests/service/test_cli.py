@@ -92,6 +92,16 @@ def test_a_bad_picture_is_told_and_the_others_go_on(picture: Path, tmp_path: Pat
     assert "4 of 5 inputs failed" in result.stderr
 
 
+def test_a_picture_too_long_for_its_overlay_is_told_and_the_others_go_on(picture: Path) -> None:
+    Path("long.png").write_bytes(encoded(np.zeros((1, 70_000, 3), np.uint8)))
+    result = run("segment", "long.png", picture)
+    assert result.exit_code == 1
+    assert "long.png: an overlay as JPEG has at most 65500 pixels a side" in result.stderr
+    summary = json.loads(Path("segmented/presence.json").read_text())
+    assert [entry["file"] for entry in summary["images"]] == [str(picture)]
+    assert run("segment", "long.png", picture, "--no-overlay").exit_code == 0
+
+
 def test_folders_are_taken_without_our_own_outputs(picture: Path, tmp_path: Path) -> None:
     assert run("segment", tmp_path, "--output", tmp_path).exit_code == 0
     assert run("segment", tmp_path, "--output", tmp_path).exit_code == 0
@@ -147,6 +157,20 @@ def test_a_wrong_environment_variable_is_named(picture: Path, monkeypatch: pytes
     result = run("segment", picture)
     assert result.exit_code == 2
     assert "ENCNET_MAX_PIXELS" in result.stderr
+
+
+def test_a_settings_file_that_is_not_text_is_a_sentence(picture: Path) -> None:
+    Path("encnet.env").write_bytes("ENCNET_MODELS=größe=a.onnx".encode("latin-1"))
+    result = run("segment", picture)
+    assert result.exit_code == 2
+    assert "encnet.env is not text in UTF-8" in result.stderr
+
+
+def test_a_host_that_is_none_is_a_sentence() -> None:
+    result = run("serve", "--host", "a" * 70)
+    assert result.exit_code == 2
+    assert "host: " in result.stderr
+    assert "name of a host" in result.stderr
 
 
 def test_limits_of_the_environment_apply(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,6 +352,8 @@ def test_what_is_no_picture_is_refused_before_it_is_sent(
 def test_what_the_client_cannot_do_is_refused(connect: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="format json"):
         connect("http://127.0.0.1:1").segment(b"picture", format="png")
+    with pytest.raises(ValueError, match="dry_run has none"):
+        connect("http://127.0.0.1:1").segment(b"picture", dry_run=True)
     with pytest.raises(ValueError, match="http://127"):
         Client("127.0.0.1:8000")
 

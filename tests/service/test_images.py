@@ -110,6 +110,12 @@ def test_sixteen_bits_are_scaled_not_clipped(format: str) -> None:
     np.testing.assert_array_equal(picture.pixels[0, :, 0], [0, 0, 1, 128, 255])
 
 
+def test_sixteen_bit_grey_with_a_transparent_key() -> None:
+    rows = b"".join(b"\0" + np.array(row, ">u2").tobytes() for row in ([0, 1000], [1001, 65535]))
+    picture = read(_png(2, 2, rows, bit_depth=16, key=struct.pack(">H", 1000)))
+    assert picture.pixels[..., 0].tolist() == [[0, 255], [4, 255]]
+
+
 def test_sixteen_bit_colour_png_is_scaled() -> None:
     rows = b"\0" + struct.pack(">6H", 65535, 0x8000, 0, 0, 0x1200, 0xFF00)
     picture = read(_png(2, 1, bit_depth=16, colour_type=2, rows=rows))
@@ -285,9 +291,11 @@ def test_a_bomb_is_refused_by_its_header_alone(side: int) -> None:
     assert code_of(_png(side, side, rows=b"")) == "too_many_pixels"
 
 
-def _png(width: int, height: int, rows: bytes, bit_depth: int = 8, colour_type: int = 0) -> bytes:
+def _png(width: int, height: int, rows: bytes, bit_depth: int = 8, colour_type: int = 0, key: bytes = b"") -> bytes:
     def chunks() -> Iterator[tuple[bytes, bytes]]:
         yield b"IHDR", struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+        if key:
+            yield b"tRNS", key
         yield b"IDAT", zlib.compress(rows)
         yield b"IEND", b""
 

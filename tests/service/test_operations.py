@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 from starlette.testclient import TestClient
 from tiny_model import METADATA, encoded, tiny_model
 from typer.testing import CliRunner
@@ -183,6 +183,27 @@ def test_settings_read_models_keys_and_origins_from_the_environment(
     assert settings.cors_origins == ("https://a.example",)
     assert (settings.port, settings.max_scales) == (9002, 3)
     assert "one" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("API_KEYS", " , ", "nothing between them"),
+        ("MODELS", "a=x.onnx, a =y.onnx", "'a' is given twice"),
+        ("HOST", "a" * 70, "neither an address nor the name of a host"),
+    ],
+)
+def test_settings_that_would_not_do_what_they_say_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, words: str
+) -> None:
+    monkeypatch.setenv(f"ENCNET_{name}", text)
+    with pytest.raises(ValidationError, match=words):
+        Settings()
+
+
+def test_a_variable_that_is_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENCNET_API_KEYS", "")
+    assert Settings().api_keys == ()
 
 
 def test_two_models_of_one_name_are_refused(settings: Settings, other_model: Path) -> None:

@@ -97,6 +97,31 @@ def test_repeating_is_fine_contradicting_is_not() -> None:
     assert "scales" in error.message
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "again"),
+    [
+        ("scales", "1,0.5", "1.0, .5"),
+        ("flip", "true", "True"),
+        ("max_side", "100", "0100"),
+        ("classes", "car, sky", "car,sky"),
+    ],
+)
+def test_repeating_in_other_words_is_fine_too(name: str, text: str, again: str) -> None:
+    assert parse((name, text), (name, again)) == parse((name, text))
+
+
+@pytest.mark.parametrize("again", ["50", "many"])
+def test_a_repeated_option_contradicts_whatever_is_wrong_with_it_beside(again: str) -> None:
+    assert refusal(("window", "100"), ("stride", "100"), ("window", again)).code == "contradicting_options"
+
+
+@pytest.mark.parametrize("text", [",", " , ,"])
+def test_classes_without_a_name_are_refused(text: str) -> None:
+    error = refusal(("classes", text))
+    assert error.code == "invalid_option"
+    assert "names or ids of classes separated by commas" in error.message
+
+
 def test_a_long_value_is_not_echoed_whole() -> None:
     assert len(refusal(("scales", "x" * 10_000)).message) < 300
     assert len(refusal(("x" * 10_000, "1")).message) < 300

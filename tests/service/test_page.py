@@ -536,6 +536,10 @@ def test_a_service_with_keys_is_asked_for_one(browser: Browser, model_file: Path
         assert not browser.find("#wrong-key").is_displayed()
         browser.find("#key").send_keys("does not\ue007")
         browser.until("document.getElementById('lock').open && !document.getElementById('wrong-key').hidden")
+        browser.find("#key").send_keys("opens✓\ue007")
+        browser.until("document.getElementById('key').validity.patternMismatch")
+        assert browser.run("return sessionStorage.getItem('encnet-key')") == "does not", "it could not be sent"
+        browser.find("#key").clear()
         browser.find("#key").send_keys("opens\ue007")
         browser.until("document.body.classList.contains('ready')")
         browser.segment(scene_file)

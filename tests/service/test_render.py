@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.errors import InputError
 from service.render import mask_png, overlay_picture
 
 PALETTE = [(0, 0, 0), (100, 200, 0), (7, 8, 9)]
@@ -74,3 +75,16 @@ def test_overlay_blends_half_and_half_and_leaves_no_class_alone(
     assert image.format == file_format
     for column, colour in ((4, [100, 100, 100]), (24, [150, 200, 100]), (44, [200, 200, 200])):
         assert np.abs(np.asarray(image).astype(int)[4, column] - colour).max() <= tolerance
+
+
+@pytest.mark.parametrize("shape", [(1, 65_501), (70_000, 1)])
+def test_an_overlay_longer_than_a_jpeg_can_be_is_had_as_png(shape: tuple[int, int]) -> None:
+    pixels, mask = np.zeros((*shape, 3), np.uint8), np.zeros(shape, np.uint8)
+    with pytest.raises(InputError, match=r"65500 pixels a side.* as PNG"):
+        overlay_picture(pixels, mask, PALETTE)
+    assert opened(overlay_picture(pixels, mask, PALETTE, file_format="PNG")).size == shape[::-1]
+
+
+def test_an_overlay_as_long_as_a_jpeg_can_be() -> None:
+    data = overlay_picture(np.zeros((1, 65_500, 3), np.uint8), np.zeros((1, 65_500), np.uint8), PALETTE)
+    assert opened(data).size == (65_500, 1)

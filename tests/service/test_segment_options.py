@@ -5,7 +5,9 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -53,6 +55,19 @@ def test_overlay_is_the_picture_in_colours(client: TestClient, quadrants: np.nda
     shown = np.asarray(Image.open(io.BytesIO(answer.content)))
     np.testing.assert_array_equal(shown, quadrants)  # the tiny model's colours are those of the picture
     assert client.post("/segment?format=overlay", content=encoded(quadrants)).headers["content-type"] == "image/jpeg"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_picture_longer_than_a_jpeg_can_be(client: TestClient, format: str) -> None:
+    content = encoded(np.zeros((1, 70_000, 3), np.uint8))
+    answer = client.post("/segment", params={"format": format}, content=content)
+    if format != "overlay":
+        assert answer.status_code == 200, answer.text
+        return
+    assert answer.status_code == 415
+    assert "70000 x 1" in answer.json()["error"]["message"]
+    answer = client.post("/segment?format=overlay", content=content, headers={"Accept": "image/png"})
+    assert Image.open(io.BytesIO(answer.content)).size == (70_000, 1)
 
 
 def test_npz_has_the_probabilities_that_the_mask_is_the_largest_of(
@@ -240,9 +255,17 @@ def test_a_batch_as_a_whole_can_be_at_fault(client_with: Callable[..., TestClien
 
 # ---- pictures by URL
 
+DRIPS = {  # what comes at once before one byte after another
+    "/drip/status": b"HTTP/1.1 2",
+    "/drip/header": b"HTTP/1.1 200 OK\r\nX: ",
+    "/drip/chunk-size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "/drip/chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\n",
+    "/drip/body": b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n",
+}
+
 
 class Host(BaseHTTPRequestHandler):
-    """A picture host: /picture, /moved, /slow, /endless and 404."""
+    """A picture host: /picture, /moved, /slow, /endless, /empty, /drip/... and 404."""
 
     picture = b""
 
@@ -263,6 +286,16 @@ class Host(BaseHTTPRequestHandler):
                 self.wfile.write(b"x")
                 self.wfile.flush()
                 threading.Event().wait(0.05)
+        elif self.path in DRIPS:
+            with suppress(OSError):
+                self.wfile.write(DRIPS[self.path])
+                for _ in range(30):
+                    self.wfile.write(b"1")
+                    threading.Event().wait(0.1)
+        elif self.path == "/empty":
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif self.path == "/endless":
             self.send_response(200)
             self.end_headers()
@@ -303,6 +336,7 @@ def test_a_picture_is_fetched(host: str, quadrants: np.ndarray) -> None:
         ("/nothing", "url_failed", "404"),
         ("/slow", "url_failed", "too long"),
         ("/endless", "too_many_bytes", "larger"),
+        ("/empty", "url_failed", "empty"),
     ],
 )
 def test_what_a_host_does_wrong_is_a_sentence(host: str, path: str, code: str, part: str) -> None:
@@ -310,6 +344,14 @@ def test_what_a_host_does_wrong_is_a_sentence(host: str, path: str, code: str, p
         local(f"{host}{path}", timeout_s=0.4 if path == "/slow" else 10.0)
     assert refused.value.code == code
     assert part in refused.value.message
+
+
+@pytest.mark.parametrize("path", DRIPS)
+def test_the_time_is_for_the_whole_fetch_however_slowly_the_host_sends(host: str, path: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(InputError, match="too long"):
+        local(f"{host}{path}", timeout_s=0.5)
+    assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize(
@@ -342,6 +384,12 @@ def test_a_url_that_is_none_is_refused(url: str) -> None:
         "2002:7f00:1::",
         "64:ff9b:1::1",
         "64:ff9b::7f00:1",
+        "fec0::1",
+        "::7f00:1",
+        "::ffff:0:127.0.0.1",
+        "2001:0:4136:e378:8000:63bf:80ff:fffe",
+        "4000::1",
+        "ff0e::1",
     ],
 )
 def test_private_addresses_are_not_public(address: str) -> None:
@@ -354,6 +402,7 @@ def test_private_addresses_are_not_public(address: str) -> None:
 def test_public_addresses_are() -> None:
     assert is_public("8.8.8.8")
     assert is_public("2606:4700:4700::1111")
+    assert is_public("64:ff9b::808:808")  # 8.8.8.8, as the name servers of networks without IPv4 give it
 
 
 def test_the_address_that_was_checked_is_the_one_connected_to(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
