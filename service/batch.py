@@ -16,6 +16,7 @@ figures, and it is what spreadsheets pivot and data frames group.
 
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -43,6 +44,7 @@ OVERLAY_SUFFIX = ".overlay.jpg"
 RECORD, DOCUMENT, TABLE = "presence.jsonl", "presence.json", "presence.csv"
 COLUMNS = ("file", "class", "id", "score", "present", "pixels", "fraction")
 
+_LONGEST_NAME = 200  # bytes; a file system has 255, and what is being written is called .NAME-2.overlay.jpg.part
 _WORKERS = 3  # one picture on the device, one being decoded, one being written
 _ENTRY_KEYS = ("file", "mask", "overlay", "image", "presence", "infer_ms")
 
@@ -163,23 +165,32 @@ def output_names(pictures: Sequence[Found], taken: Iterable[str] = ()) -> list[s
     """A name for each picture's outputs, no two alike nor among `taken`, even where the file system ignores case.
 
     It is the file's name without suffix, below the folder the picture was found in; where two pictures share that, it
-    is the whole file name, numbered if that is shared too.
+    is the whole file name, numbered if that is shared too. A very long one is cut.
     """
-    plain = [(picture.below / picture.file.stem).as_posix() for picture in pictures]
+    plain = [_below(picture, picture.file.stem) for picture in pictures]
     count = Counter(map(str.casefold, plain))
     earlier = {name.casefold() for name in taken}
     seen = set(earlier)
     names = []
     for picture, short in zip(pictures, plain, strict=True):
         is_free = count[short.casefold()] == 1 and short.casefold() not in earlier
-        base = short if is_free else (picture.below / picture.file.name).as_posix()
+        base = short if is_free else _below(picture, picture.file.name)
         name, number = base, 1
         while name.casefold() in seen:
             number += 1
             name = f"{base}-{number}"
         seen.add(name.casefold())
-        names.append(printable(name))
+        names.append(name)
     return names
+
+
+def _below(picture: Found, name: str) -> str:
+    """The name below the picture's folder; one too long for the files called after it ends in a digest instead."""
+    shown = printable(name)
+    if len(shown.encode()) > _LONGEST_NAME:
+        digest = hashlib.sha256(shown.encode()).hexdigest()[:8]
+        shown = f"{shown.encode()[:_LONGEST_NAME].decode(errors='ignore')}-{digest}"
+    return printable((picture.below / shown).as_posix())
 
 
 def entry_error(path: File | str, code: str, message: str) -> dict[str, str]:
@@ -410,6 +421,11 @@ def write_pictures(jobs: Iterable[Job], run: Run, folder: Path) -> Iterator[tupl
                     outcome: Entry | InputError = future.result()
                 except InputError as error:
                     outcome = error
+                except OSError:
+                    raise
+                except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    outcome = InputError("model_failed", f"the model failed on this picture: {reason}")
                 yield job, outcome
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

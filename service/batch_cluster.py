@@ -139,12 +139,10 @@ class Worker:
         try:
             for _, outcome in batch.write_pictures(jobs, self._run, self._folder):
                 if isinstance(outcome, InputError):
+                    if outcome.code == "model_failed" and len(jobs) > 1:
+                        break
                     outcome = {"code": outcome.code, "message": outcome.message}
                 outcomes.append(outcome)
         except OSError as error:
             outcomes.append({"errno": error.errno or 0, "strerror": error.strerror or str(error)})
-        except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
-            if len(jobs) == 1:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                outcomes.append({"code": "model_failed", "message": f"the model failed on this picture: {reason}"})
         return {"index": shard["index"][: len(outcomes)], "outcome": [json.dumps(outcome) for outcome in outcomes]}

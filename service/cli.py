@@ -262,6 +262,7 @@ def segment(
         _fail("no pictures to segment")
     inputs = len(pictures) + len(errors)
     run = batch.Run(_load(settings), settings, options, overlay)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container's first process would not be ended by it
     try:
         with batch.open_record(output) as record:
             jobs = batch.plan(pictures, record)

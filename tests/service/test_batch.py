@@ -118,11 +118,12 @@ def test_sigkill_loses_nothing_and_leaves_nothing_half_written(noise: dict[str, 
         np.testing.assert_array_equal(mask, engine.segment(pixels).mask)
 
 
-def test_ctrl_c_says_how_to_go_on(noise: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_ends_a_run_is_told_how_to_go_on(noise: dict[str, np.ndarray], number: int) -> None:
     with start("photos") as process:
         assert process.stdout
         assert process.stdout.readline()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.decode() == "error: stopped; the same command goes on from here\n"
@@ -329,6 +330,37 @@ def test_a_name_that_is_not_utf8(photos: Path) -> None:
     assert [entry["mask"] for entry in summary()["images"]] == ["a.mask.png", "caf\\udce9.mask.png"]
     assert Path("segmented", "caf\\udce9.mask.png").exists()
     assert segmented(segment(photos)) == []
+
+
+def test_names_as_long_as_a_file_system_has_them(photos: Path) -> None:
+    long = photos / ("é" * 124)
+    (photos / "a.png").rename(f"{long}a.png")
+    (photos / "b.png").rename(f"{long}b.png")
+    result = segment(photos)
+    assert result.exit_code == 0, result.output
+    masks = [entry["mask"] for entry in summary()["images"]]
+    assert len(set(masks)) == 2
+    assert all(Path("segmented", mask).exists() for mask in masks)
+    assert segmented(segment(photos)) == []
+
+
+def test_a_picture_that_the_model_fails_on_fails_alone(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, quadrants: np.ndarray
+) -> None:
+    (photos / "b.png").write_bytes(encoded(np.zeros((9, 9, 3), np.uint8)))
+    run = Engine.run
+
+    def failing(self: Engine, images: Any, *arguments: Any) -> Any:
+        if images[0].shape == (9, 9, 3):
+            raise RuntimeError("no memory")
+        return run(self, images, *arguments)
+
+    monkeypatch.setattr(Engine, "run", failing)
+    result = segment(photos)
+    assert result.exit_code == 1
+    assert [error["code"] for error in summary()["errors"]] == ["model_failed"]
+    assert "the model failed on this picture: no memory" in result.stderr
+    assert len(segmented(result)) == 1
 
 
 def test_the_same_picture_twice_is_one(photos: Path) -> None:
