@@ -46,7 +46,7 @@ from service.oip_codec import (
 )
 from service.options import Options, option_pairs, parse_options
 from service.pipeline import Result, in_pool
-from service.segment_routes import SIDE_BY_SIDE, departure
+from service.segment_routes import Siblings, departure
 from service.settings import ENCODED, Settings
 from service.tracing import record_phases
 from service.upload import within
@@ -477,12 +477,12 @@ async def _one_for_each(
     pictures: list[Any], segment: Callable[[bytes | np.ndarray], Coroutine[Any, Any, Result]]
 ) -> list[Result]:
     """Segment the pictures of a request, a few at a time. Where one fails, so does the request, and names it."""
-    turns = asyncio.Semaphore(SIDE_BY_SIDE)
+    siblings = Siblings()
 
     async def one(index: int, picture: bytes | np.ndarray) -> Result:
-        async with turns:
+        async with siblings.turns:
             try:
-                return await segment(picture)
+                return await siblings.segment(partial(segment, picture))
             except InputError as error:
                 raise InputError(error.code, f"image[{index}]: {error.message}") from None
 

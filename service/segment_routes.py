@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from service.answers import (
 )
 from service.encoders import multipart, npz, rle
 from service.engine import Engine
-from service.errors import STATUS_OF_CODE, InputError, ServiceError
+from service.errors import STATUS_OF_CODE, InputError, Refusal, ServiceError
 from service.fetch import fetch
 from service.formats import FORMATS, FormatName, choose_format
 from service.metrics import Metrics
@@ -48,7 +48,7 @@ BATCH_FORMATS: tuple[FormatName, ...] = ("json", "rle")
 
 T = TypeVar("T")
 
-SIDE_BY_SIDE = 4  # pictures of one batch that are under way at a time, so that a batch does not fill the queue
+SIDE_BY_SIDE = 4  # pictures of one request that are under way at a time, so that it does not fill the queue
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,36 @@ class Labelled:
         metadata = self.engine.metadata
         texts = {"model": metadata.name, "model_sha256": self.engine.sha256, "presence": self.rows}
         return mask_png(self.mask, metadata.classes, metadata.palette, texts)
+
+
+class Siblings:
+    """The pictures of one request: `turns` bounds how many are under way, and none is refused because of another."""
+
+    def __init__(self) -> None:
+        self.turns = asyncio.Semaphore(SIDE_BY_SIDE)
+        self._running = 0
+        self._one_is_done = asyncio.Event()
+
+    async def segment(self, run: Callable[[], Awaitable[Result]]) -> Result:
+        """Segment one of them; where it is refused as overloaded, again once another that is being run is done.
+
+        Waiting ends by the deadline, as the others have the same. Raises what `run` raises.
+        """
+        while True:
+            self._running += 1
+            waits = False
+            try:
+                return await run()
+            except Refusal as refusal:
+                waits = refusal.code == "overloaded" and self._running > 1
+                if not waits:
+                    raise
+            finally:
+                self._running -= 1
+                if not waits:
+                    self._one_is_done.set()
+                    self._one_is_done = asyncio.Event()
+            await self._one_is_done.wait()
 
 
 def segment_router(models: Models, metrics: Metrics) -> APIRouter:
@@ -137,14 +167,17 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         options = options.model_copy(update={"format": format_})
         deadline = time.monotonic() + (options.timeout_ms or settings.timeout_ms) / 1000
         models.pipeline(options.model).plan(options)
-        turns = asyncio.Semaphore(SIDE_BY_SIDE)
+        siblings = Siblings()
 
         async def one(upload: Upload, departed: "asyncio.Task[None]") -> ItemAnswer:
-            async with turns:
+            async with siblings.turns:
                 started = time.perf_counter()
                 try:
                     with models.hold(options.model) as pipeline:
-                        result = await pipeline.segment(upload.picture, options, deadline=deadline, departed=departed)
+                        segment = partial(
+                            pipeline.segment, upload.picture, options, deadline=deadline, departed=departed
+                        )
+                        result = await siblings.segment(segment)
                     encode = partial(_mask_part, format_=format_)
                     encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
                     (labelled, mask), waited, encode_ms = await in_pool(models.workers, encoding, deadline)
