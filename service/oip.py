@@ -311,7 +311,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         head = {"model_name": one.name, "model_version": VERSION}
         if infer_request.id is not None:
             head["id"] = infer_request.id
-        encoding = accepted_encoding(request.headers.get("accept-encoding"))
+        encoding = accepted_encoding(", ".join(request.headers.getlist("accept-encoding")))
         write = partial(_write, head, outputs, results, settings.max_pixels, encoding)
         (answer, header_length), waited, write_ms = await in_pool(models.workers, write, deadline)
         milliseconds = {

@@ -125,7 +125,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         started = time.perf_counter()
         upload = await read_upload(request, settings.max_bytes)
         options = parse_options(upload.options, settings)
-        format_, media_type = choose_format(request.headers.get("accept"), options.format)
+        format_, media_type = choose_format(", ".join(request.headers.getlist("accept")), options.format)
         options = options.model_copy(update={"format": format_})
         deadline = time.monotonic() + (options.timeout_ms or settings.timeout_ms) / 1000
         picture = await fetched(upload, deadline)

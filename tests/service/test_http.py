@@ -164,6 +164,11 @@ def test_accept_chooses_where_format_does_not(client: TestClient, png: bytes, ac
 # ---- options
 
 
+def test_several_accept_lines_are_one(client: TestClient, png: bytes) -> None:
+    lines = [("Accept", "text/html"), ("Accept", "application/json;q=0.5"), ("Accept", "image/png")]
+    assert client.post("/segment", content=png, headers=lines).headers["content-type"] == "image/png"
+
+
 def test_options_in_query_and_form_may_agree(client: TestClient, png: bytes) -> None:
     response = client.post("/segment?scales=0.5", files={"image": png}, data={"scales": "0.5", "flip": "true"})
     assert response.json()["scales"] == [0.5]

@@ -261,6 +261,8 @@ def test_the_response_is_compressed_where_asked_for_and_metadata_never_is(addres
         assert response.headers["vary"] == "Accept-Encoding"
         metadata = httpx.get(url, headers={"Accept-Encoding": accepted})
         assert "content-encoding" not in metadata.headers
+    lines = [*headers.items(), ("Accept-Encoding", "br"), ("Accept-Encoding", "gzip")]
+    assert httpx.post(f"{url}/infer", content=body, headers=lines).headers["content-encoding"] == "gzip"
     plain = httpx.post(f"{url}/infer", content=body, headers={**headers, "Accept-Encoding": "br"})
     assert "content-encoding" not in plain.headers
     header_length = int(plain.headers["inference-header-content-length"])
