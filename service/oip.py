@@ -27,6 +27,7 @@ from fastapi.responses import JSONResponse, Response
 from service import __version__
 from service.engine import Engine
 from service.errors import InputError, Refusal, ServiceError
+from service.images import read_size, reduced_size
 from service.info_routes import not_alive, not_ready
 from service.metrics import Metrics
 from service.models import Models, Served
@@ -45,7 +46,7 @@ from service.oip_codec import (
     parse_infer,
 )
 from service.options import Options, option_pairs, parse_options
-from service.pipeline import Result, in_pool
+from service.pipeline import Pipeline, Result, in_pool
 from service.segment_routes import Siblings, departure
 from service.settings import ENCODED, Settings
 from service.tracing import record_phases
@@ -305,6 +306,8 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
             outputs = _asked_for(infer_request, outputs_of(pipeline.engine), one.name)
             wanted = any(asked.name == "probabilities" for asked in outputs)
             plan = replace(pipeline.plan(options), probabilities=wanted)
+            if one.encoded and len(pictures) > 1 and _need_one_size(outputs):
+                await _check_sizes(pictures, pipeline, options, deadline)
             async with departure(request) as departed:
                 segment = partial(pipeline.segment, options=options, plan=plan, deadline=deadline, departed=departed)
                 results = await _one_for_each(pictures, segment)
@@ -484,7 +487,7 @@ async def _one_for_each(
             try:
                 return await siblings.segment(partial(segment, picture))
             except InputError as error:
-                raise InputError(error.code, f"image[{index}]: {error.message}") from None
+                raise _named(error, index) from None
 
     tasks = [asyncio.create_task(one(index, picture)) for index, picture in enumerate(pictures)]
     try:
@@ -492,6 +495,40 @@ async def _one_for_each(
     finally:  # once one has failed, the others are of no use
         for task in tasks:
             task.cancel()
+
+
+def _named(error: InputError, index: int) -> InputError:
+    return InputError(error.code, f"image[{index}]: {error.message}")
+
+
+def _need_one_size(outputs: tuple[RequestedOutput, ...]) -> bool:
+    return any(asked.name != "presence" for asked in outputs)
+
+
+async def _check_sizes(pictures: list[bytes], pipeline: Pipeline, options: Options, deadline: float) -> None:
+    """Raise InputError where the headers of picture files show that their masks make no one tensor.
+
+    Sides that are only swapped may be of one size, by the orientation in the file, and are left to `_write`.
+    """
+    limits = {"max_bytes": pipeline.settings.max_bytes, "max_pixels": pipeline.settings.max_pixels}
+    first: tuple[int, int] | None = None
+    for index, picture in enumerate(pictures):
+        try:
+            stated, _, _ = await in_pool(pipeline.readers, partial(read_size, picture, **limits), deadline)
+        except InputError as error:
+            raise _named(error, index) from None
+        size = reduced_size(*stated, options.max_side)
+        first = first or size
+        if sorted(size) != sorted(first):
+            raise _sizes_differ(index, size, first)
+
+
+def _sizes_differ(index: int, size: tuple[int, int], first: tuple[int, int]) -> InputError:
+    return InputError(
+        "invalid_body",
+        f"image[{index}] is {size[0]} x {size[1]} and image[0] is {first[0]} x {first[1]}: "
+        "the pictures of one request must have one size, as their masks make one tensor",
+    )
 
 
 def _write(
@@ -502,14 +539,11 @@ def _write(
     encoding: str | None,
 ) -> tuple[bytes, int | None]:
     """The response's body, compressed where asked for, and the length of its JSON before that."""
-    shapes = [result.segmentation.mask.shape for result in results]
-    for index, (height, width) in enumerate(shapes):
-        if (height, width) != shapes[0]:
-            raise InputError(
-                "invalid_body",
-                f"image[{index}] is {width} x {height} and image[0] is {shapes[0][1]} x {shapes[0][0]}: "
-                "the pictures of one request must have one size, as their masks make one tensor",
-            )
+    if _need_one_size(outputs):
+        sizes = [(result.segmentation.mask.shape[1], result.segmentation.mask.shape[0]) for result in results]
+        for index, size in enumerate(sizes):
+            if size != sizes[0]:
+                raise _sizes_differ(index, size, sizes[0])
     stacked = [(asked, np.stack([getattr(result.segmentation, asked.name) for result in results])) for asked in outputs]
     body, header_length = encode_response(head, stacked, max_json_elements=max_json_elements)
     return compress(body, encoding) if encoding else body, header_length

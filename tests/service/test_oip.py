@@ -431,6 +431,38 @@ def test_the_picture_at_fault_is_named(call: Call, batch: np.ndarray) -> None:
         call("infer", "tiny_encoded", [tensor("image", files(b"not base64"), binary=False)])
 
 
+def test_sizes_that_make_no_one_tensor_are_told_before_a_run(
+    client_with: Callable[..., TestClient], batch: np.ndarray
+) -> None:
+    client = client_with()
+    models = client.app.state.models
+    runs: list[Any] = []
+    models.pipeline().on_answer = runs.append
+    url = f"/v2/models/{models.default}_encoded/infer"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(np.rot90(batch[0]), exif=exif)
+
+    def infer(*contents: bytes, outputs: list[Any] | None = None, **parameters: Any) -> Any:
+        inputs = [tensor("image", files(*contents))]
+        body, length = triton.InferenceServerClient.generate_request_body(
+            inputs, outputs=outputs or [asked("mask", False)], parameters=parameters
+        )
+        return client.post(url, content=body, headers={"Inference-Header-Content-Length": str(length)})
+
+    whole, small = encoded(batch[0]), encoded(batch[0][:10, :20])
+    for outputs in ([asked("mask")], [asked("presence"), asked("probabilities")]):
+        refused = infer(whole, small, outputs=outputs)
+        assert (refused.status_code, runs) == (400, [])
+        assert "image[1] is 20 x 10 and image[0] is 47 x 33" in refused.json()["error"]
+    presence = infer(whole, small, outputs=[asked("presence", False)]).json()["outputs"]
+    assert [output["shape"] for output in presence] == [[2, 4]]
+    assert infer(whole, turned).json()["outputs"][0]["shape"] == [2, 33, 47]
+    twice = encoded(batch[0].repeat(2, 0).repeat(2, 1))
+    assert infer(whole, twice, max_side=40).json()["outputs"][0]["shape"] == [2, 28, 40]
+    assert infer(whole, encoded(np.rot90(batch[0]))).status_code == 400
+
+
 def test_inputs_missing_and_unknown(call: Call, batch: np.ndarray) -> None:
     with pytest.raises(
         InferenceServerException, match="tiny has no input 'picture'; its inputs are image, scales, flip"
