@@ -8,7 +8,8 @@ Every model NAME is there twice: NAME takes pixels, NAME_encoded takes picture f
 | NAME_encoded | BYTES [-1]                  | files, read as POST /segment reads them; in JSON as base64 or data URIs |
 
 Both take `scales` FP32 [-1] and `flip` BOOL [] as inputs or as parameters, and the other options of POST /segment that
-shape the label map as parameters. Outputs are `mask` and `presence`, and `probabilities` where asked for by name.
+shape the label map as parameters; what can be a parameter can stand in the query too. Outputs are `mask` and
+`presence`, and `probabilities` where asked for by name.
 """
 
 import asyncio
@@ -299,7 +300,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         body = await within(request, limit, too_long).body()
         read = partial(_read, one, body, request.headers, limit)
         infer_request, _, read_ms = await in_pool(models.workers, read, arrived + settings.max_timeout_ms / 1000)
-        options = _options(infer_request, one, settings)
+        options = _options(infer_request, request.query_params.multi_items(), one, settings)
         deadline = arrived + (options.timeout_ms or settings.timeout_ms) / 1000
         pictures = _pictures(infer_request.inputs["image"], settings)
         with models.hold(one.served.name) as pipeline:
@@ -424,8 +425,12 @@ def _read(one: Face, body: bytes, headers: Mapping[str, str], limit: int) -> Inf
     return request
 
 
-def _options(request: InferRequest, one: Face, settings: Settings) -> Options:
-    """The options among a request's parameters and inputs; `timeout` is the protocol's own, in microseconds."""
+def _options(request: InferRequest, query: list[tuple[str, str]], one: Face, settings: Settings) -> Options:
+    """The options in a request's query, parameters and inputs; `timeout` is the protocol's own, in microseconds."""
+    for name, _ in query:
+        if name not in one.options:
+            known = ", ".join(one.options)
+            raise InputError("unknown_option", f"unknown option {name[:64]!a} in the query; {one.name} knows {known}")
     given: dict[str, Any] = {}
     for name, value in request.parameters.items():
         if name in one.options:
@@ -433,7 +438,7 @@ def _options(request: InferRequest, one: Face, settings: Settings) -> Options:
         elif name not in ("timeout", "priority", "sequence_id", "sequence_start", "sequence_end"):
             known = ", ".join(one.options)
             raise InputError("unknown_option", f"unknown parameter {name[:64]!a}; {one.name} knows {known}, timeout")
-    pairs = option_pairs(given)
+    pairs = query + option_pairs(given)
     timeout = request.parameters.get("timeout", 0)
     if type(timeout) is not int or timeout < 0:
         raise InputError("invalid_option", "parameter timeout must be a whole number of microseconds from 0 on")

@@ -283,6 +283,23 @@ def test_options_as_parameters_and_as_inputs(call: Call, engine: Engine, batch: 
     np.testing.assert_array_equal(by_parameter.as_numpy("mask"), wanted)
 
 
+def test_options_in_the_query(address: str, engine: Engine, batch: np.ndarray) -> None:
+    url = f"http://{address}/v2/models/tiny/infer"
+    image = {"name": "image", "datatype": "UINT8", "shape": list(batch.shape), "data": batch.flatten().tolist()}
+    answer = httpx.post(f"{url}?scales=0.5,0.7&flip=true&window=", json={"inputs": [image]}).json()
+    mask = np.array(answer["outputs"][0]["data"], np.uint8).reshape(batch.shape[:3])
+    np.testing.assert_array_equal(mask, masks(engine, batch, scales=(0.5, 0.7), flip=True))
+    for query, message in (
+        ("bogus=1", "unknown option 'bogus' in the query; tiny knows scales, flip"),
+        ("max_side=20", "unknown option 'max_side' in the query; tiny knows scales, flip"),
+        ("stride=9", "stride needs window"),
+        ("scales=2", "scales is given twice"),
+    ):
+        refused = httpx.post(f"{url}?{query}", json={"inputs": [image], "parameters": {"scales": "0.5"}})
+        assert refused.status_code == 422
+        assert message in refused.json()["error"]
+
+
 def test_window_and_stride(call: Call, engine: Engine, batch: np.ndarray) -> None:
     wanted = masks(engine, batch, scales=(0.5,), window=32, stride=16)
     assert not np.array_equal(wanted, masks(engine, batch, scales=(0.5,)))
