@@ -48,7 +48,7 @@ from service.oip_codec import (
 )
 from service.options import Options, option_pairs, parse_options
 from service.pipeline import Pipeline, Result, in_pool
-from service.segment_routes import Siblings, departure
+from service.segment_routes import Siblings, cost_headers, departure
 from service.settings import ENCODED, Settings
 from service.tracing import record_phases
 from service.upload import within
@@ -329,7 +329,9 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
             metrics.phases.labels(phase).observe(duration / 1000)
         record_phases(milliseconds)
         counted.add_success(milliseconds, [result.segmentation.batch for result in results])
-        return _response(answer, header_length, encoding)
+        cost = sum(result.work.cost for result in results)
+        headers = cost_headers(cost, sum(result.predicted_ms for result in results), milliseconds)
+        return _response(answer, header_length, encoding, headers)
 
     # ---- logging, tracing, shared memory
 
@@ -554,8 +556,8 @@ def _write(
     return compress(body, encoding) if encoding else body, header_length
 
 
-def _response(body: bytes, header_length: int | None, encoding: str | None) -> Response:
-    headers = {"Vary": "Accept-Encoding"}
+def _response(body: bytes, header_length: int | None, encoding: str | None, headers: dict[str, str]) -> Response:
+    headers = {**headers, "Vary": "Accept-Encoding"}
     if header_length is not None:
         headers[HEADER_LENGTH] = str(header_length)
     if encoding:

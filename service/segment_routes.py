@@ -138,7 +138,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
         (labelled, encoded), waited, encode_ms = await in_pool(models.workers, encoding, deadline)
         timings = _timings(result, waited, encode_ms, started, metrics)
-        headers = _headers(result, timings)
+        headers = cost_headers(result.work.cost, result.predicted_ms, timings.model_dump()) | {"Vary": "Accept"}
         if isinstance(encoded, bytes):
             return Response(encoded, media_type=media_type, headers=headers)
         body = _answer(request, labelled, encoded, timings).model_dump_json().encode()
@@ -150,12 +150,14 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         "/segment/batch",
         summary="Segment several pictures",
         description="A form with several files `image` and one set of options. Each picture has its own answer or its "
-        "own error; a bad one fails alone. Formats: `json` and `rle`.",
+        "own error; a bad one fails alone. Formats: `json` and `rle`. Headers as of `/segment`, summed over the "
+        "pictures.",
         response_model=BatchAnswer,
         responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 415, 422, 429, 503)},
         openapi_extra=_request_body(several=True),
     )
     async def segment_batch(request: Request) -> Response:
+        arrived = time.perf_counter()
         uploads = await read_uploads(request, settings.max_bytes, settings.max_items)
         options = parse_options(uploads[0].options, settings)
         format_ = options.format or "json"
@@ -190,7 +192,9 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         async with departure(request) as departed:
             items = await asyncio.gather(*(one(upload, departed) for upload in uploads))
         answer = BatchAnswer(id=request.state.request_id, items=list(items))
-        return Response(answer.model_dump_json(), media_type="application/json")
+        body = answer.model_dump_json()
+        headers = _batch_headers([item.answer for item in items if item.answer], (time.perf_counter() - arrived) * 1000)
+        return Response(body, media_type="application/json", headers=headers)
 
     return router
 
@@ -294,14 +298,21 @@ def _timings(result: Result, waited: float, encode_ms: float, started: float, me
     return timings
 
 
-def _headers(result: Result, timings: Timings) -> dict[str, str]:
-    phases = timings.model_dump().items()
+def cost_headers(cost: int, predicted_ms: float, phases: dict[str, float]) -> dict[str, str]:
+    """What a request was charged, and the milliseconds of its phases; sums where it had several pictures."""
     return {
-        "Server-Timing": ", ".join(f"{phase};dur={ms:.2f}" for phase, ms in phases),
-        "Vary": "Accept",
-        "X-Cost-Pixels": str(result.work.cost),
-        "X-Predicted-Ms": f"{result.predicted_ms:.1f}",
+        "Server-Timing": ", ".join(f"{phase};dur={ms:.2f}" for phase, ms in phases.items()),
+        "X-Cost-Pixels": str(cost),
+        "X-Predicted-Ms": f"{predicted_ms:.1f}",
     }
+
+
+def _batch_headers(answers: list[SegmentAnswer], total_ms: float) -> dict[str, str]:
+    """The headers of a batch; its pictures ran side by side, so that phases may add up to more than the total."""
+    each = [answer.timing_ms.model_dump() for answer in answers]
+    phases = {phase: sum(timings[phase] for timings in each) for phase in Timings.model_fields}
+    cost = sum(answer.cost.pixels for answer in answers)
+    return cost_headers(cost, sum(answer.cost.predicted_ms for answer in answers), phases | {"total": total_ms})
 
 
 def _prediction(pipeline: Pipeline, estimate: Estimate) -> Response:

@@ -247,6 +247,24 @@ def test_dry_run_tells_what_a_request_would_cost(client: TestClient, engine: Eng
     assert "encnet_phase_seconds_count" in client.get("/metrics").text
 
 
+@pytest.mark.parametrize("route", ["/segment/batch", "/v2/models/tiny_encoded/infer"])
+def test_a_request_of_several_pictures_tells_their_cost_and_time(client: TestClient, route: str) -> None:
+    picture = encoded(GREY)
+    single = client.post("/segment", content=picture).headers
+    if route == "/segment/batch":
+        files = [("image", (name, content)) for name, content in (("a", picture), ("b", b"none"), ("c", picture))]
+        headers = client.post(route, files=files).headers
+    else:
+        text = base64.b64encode(picture).decode()
+        image = {"name": "image", "datatype": "BYTES", "shape": [2], "data": [text, text]}
+        headers = client.post(route, json={"inputs": [image]}).headers
+    assert int(headers["x-cost-pixels"]) == 2 * int(single["x-cost-pixels"])
+    assert float(headers["x-predicted-ms"]) > 0
+    timing = dict(entry.split(";dur=") for entry in headers["server-timing"].split(", "))
+    assert list(timing) == ["decode", "queue", "infer", "encode", "total"]
+    assert float(timing["total"]) > 0
+
+
 def test_overload_over_http_is_429_with_retry_after(
     client_with: Callable[..., TestClient], gate: threading.Event
 ) -> None:
