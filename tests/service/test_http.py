@@ -344,6 +344,12 @@ def test_classes(client: TestClient) -> None:
     assert [entry["color"] for entry in answer["classes"]] == PALETTE
 
 
+def test_a_blank_model_counts_as_not_given(client: TestClient, png: bytes) -> None:
+    for blank in ("", "%20"):
+        assert client.get(f"/classes?model={blank}").json() == client.get("/classes").json()
+        assert client.post(f"/segment?model={blank}", content=png).status_code == 200
+
+
 def test_the_docs_are_there(client: TestClient) -> None:
     page = client.get("/docs")
     assert page.status_code == 200
