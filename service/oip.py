@@ -344,7 +344,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         wanted = await _json_body(request)
         if wanted:
             check_control()
-            logging.getLogger().setLevel(_level({**_logging_settings(settings), **wanted}, settings))
+            logging.getLogger().setLevel(_level(wanted, settings))
         return _logging_settings(settings)
 
     @router.api_route("/trace/setting", methods=["GET", "POST"])
@@ -577,7 +577,7 @@ def _logging_settings(settings: Settings) -> dict[str, Any]:
 
 
 def _level(wanted: dict[str, Any], settings: Settings) -> int:
-    """The one level of Python's logging that the protocol's switches describe. Raises InputError."""
+    """The one level of Python's logging that the switches describe, those not given as they are. Raises InputError."""
     present = _logging_settings(settings)
     for name, value in wanted.items():
         if name not in present:
@@ -586,11 +586,14 @@ def _level(wanted: dict[str, Any], settings: Settings) -> int:
             raise InputError("invalid_body", f"log setting {name} must be like {json.dumps(present[name])}")
         if isinstance(value, str) and value != present[name]:
             raise InputError("not_implemented", f"log setting {name} cannot be changed while the service runs")
-    verbose = wanted["log_verbose_level"]
-    if verbose:
+    described = {**present, **wanted}
+    if described["log_verbose_level"]:
+        off = next((name for name, _ in _LEVELS if wanted.get(name) is False), None)
+        if off:
+            raise InputError("invalid_body", f"log_verbose_level needs {off}; set log_verbose_level to 0 as well")
         return logging.DEBUG
     level = logging.CRITICAL
-    switches = [wanted[name] for name, _ in _LEVELS]
+    switches = [described[name] for name, _ in _LEVELS]
     if sorted(switches, reverse=True) != switches:
         raise InputError("invalid_body", "log_info needs log_warnings, and log_warnings needs log_errors")
     for on, (_, least) in zip(switches, _LEVELS, strict=True):

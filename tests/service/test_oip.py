@@ -177,6 +177,10 @@ def test_logging(call: Call) -> None:
         assert logging.getLogger().level == logging.WARNING
         assert call("update_log_settings", {"log_verbose_level": 1})["log_info"] is True
         assert logging.getLogger().level == logging.DEBUG
+        with pytest.raises(
+            InferenceServerException, match="log_verbose_level needs log_info; set log_verbose_level to 0"
+        ):
+            call("update_log_settings", {"log_info": False})
         for wrong in ({"log_file": "/etc/passwd"}, {"log_info": 1}, {"log_colour": True}):
             with pytest.raises(InferenceServerException, match="log setting"):
                 call("update_log_settings", wrong)
