@@ -123,6 +123,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
     )
     async def segment(request: Request) -> Response:
         started = time.perf_counter()
+        _check_not_compressed(request)
         upload = await read_upload(request, settings.max_bytes)
         options = parse_options(upload.options, settings)
         format_, media_type = choose_format(", ".join(request.headers.getlist("accept")), options.format)
@@ -158,6 +159,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
     )
     async def segment_batch(request: Request) -> Response:
         arrived = time.perf_counter()
+        _check_not_compressed(request)
         uploads = await read_uploads(request, settings.max_bytes, settings.max_items)
         options = parse_options(uploads[0].options, settings)
         format_ = options.format or "json"
@@ -197,6 +199,15 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         return Response(body, media_type="application/json", headers=headers)
 
     return router
+
+
+def _check_not_compressed(request: Request) -> None:
+    """Raise InputError for a body with a Content-Encoding: pictures are compressed already."""
+    encoding = ", ".join(request.headers.getlist("content-encoding")).strip()
+    if encoding.lower() not in ("", "identity"):
+        raise InputError(
+            "unsupported", f"Content-Encoding {encoding[:64]!a} is not supported here; send the body without one"
+        )
 
 
 @asynccontextmanager

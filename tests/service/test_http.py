@@ -1,6 +1,7 @@
 """Promise: the HTTP face answers as documented, bit for bit what the engine says, and tells in JSON what is wrong."""
 
 import base64
+import gzip
 import io
 import json
 import re
@@ -210,6 +211,15 @@ def test_bad_picture(client: TestClient, png: bytes, send: str, name: str, statu
     }[name]
     body: dict[str, Any] = {"content": data} if send == "raw" else {"files": {"image": ("x.png", data)}}
     assert_error(client.post("/segment", **body), status, code)
+
+
+@pytest.mark.parametrize("route", ["/segment", "/segment/batch"])
+def test_a_compressed_body_is_refused_by_its_content_encoding(client: TestClient, png: bytes, route: str) -> None:
+    response = client.post(route, content=gzip.compress(png), headers={"Content-Encoding": "gzip"})
+    message = assert_error(response, 415, "unsupported")
+    assert message == "Content-Encoding 'gzip' is not supported here; send the body without one"
+    plain = client.post("/segment", content=png, headers={"Content-Encoding": "identity"})
+    assert plain.status_code == 200
 
 
 def test_the_service_goes_on_after_bad_pictures(client: TestClient, png: bytes) -> None:
