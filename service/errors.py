@@ -28,6 +28,7 @@ STATUS_OF_CODE = {
     "not_implemented": 501,
     "starting": 503,
     "draining": 503,
+    "unloaded": 503,
     "model_failed": 503,
     "device_failed": 503,
     "deadline_passed": 504,

@@ -98,7 +98,7 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
         responses={status: {"model": ErrorAnswer} for status in (404, 422, 503)},
     )
     async def classes(model: str | None = None) -> ClassesAnswer:
-        engine = models.pipeline(model).engine
+        engine = models.pipeline((model or "").strip() or None).engine
         pairs = zip(engine.metadata.classes, engine.metadata.palette, strict=True)
         entries = [ClassEntry(id=index, name=name, color=color) for index, (name, color) in enumerate(pairs)]
         identity = ModelIdentity(name=engine.metadata.name, sha256=engine.sha256)

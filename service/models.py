@@ -70,7 +70,7 @@ class Models:
         if self._draining:
             raise Refusal("draining", "the service is stopping", self.settings.grace_seconds)
         if served.pipeline is None:
-            raise Refusal("starting", f"the model {served.name} is not loaded: {served.reason}", None)
+            raise Refusal("unloaded", f"the model {served.name} is not loaded: {served.reason}; see /models for others")
         return served.pipeline
 
     @contextmanager

@@ -8,7 +8,8 @@ Every model NAME is there twice: NAME takes pixels, NAME_encoded takes picture f
 | NAME_encoded | BYTES [-1]                  | files, read as POST /segment reads them; in JSON as base64 or data URIs |
 
 Both take `scales` FP32 [-1] and `flip` BOOL [] as inputs or as parameters, and the other options of POST /segment that
-shape the label map as parameters. Outputs are `mask` and `presence`, and `probabilities` where asked for by name.
+shape the label map as parameters; what can be a parameter can stand in the query too. Outputs are `mask` and
+`presence`, and `probabilities` where asked for by name.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from fastapi.responses import JSONResponse, Response
 from service import __version__
 from service.engine import Engine
 from service.errors import InputError, Refusal, ServiceError
+from service.images import read_size, reduced_size
 from service.info_routes import not_alive, not_ready
 from service.metrics import Metrics
 from service.models import Models, Served
@@ -45,8 +47,8 @@ from service.oip_codec import (
     parse_infer,
 )
 from service.options import Options, option_pairs, parse_options
-from service.pipeline import Result, in_pool
-from service.segment_routes import SIDE_BY_SIDE, departure
+from service.pipeline import Pipeline, Result, in_pool
+from service.segment_routes import Siblings, cost_headers, departure
 from service.settings import ENCODED, Settings
 from service.tracing import record_phases
 from service.upload import within
@@ -298,20 +300,22 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         body = await within(request, limit, too_long).body()
         read = partial(_read, one, body, request.headers, limit)
         infer_request, _, read_ms = await in_pool(models.workers, read, arrived + settings.max_timeout_ms / 1000)
-        options = _options(infer_request, one, settings)
+        options = _options(infer_request, request.query_params.multi_items(), one, settings)
         deadline = arrived + (options.timeout_ms or settings.timeout_ms) / 1000
         pictures = _pictures(infer_request.inputs["image"], settings)
         with models.hold(one.served.name) as pipeline:
             outputs = _asked_for(infer_request, outputs_of(pipeline.engine), one.name)
             wanted = any(asked.name == "probabilities" for asked in outputs)
             plan = replace(pipeline.plan(options), probabilities=wanted)
+            if one.encoded and len(pictures) > 1 and _need_one_size(outputs):
+                await _check_sizes(pictures, pipeline, options, deadline)
             async with departure(request) as departed:
                 segment = partial(pipeline.segment, options=options, plan=plan, deadline=deadline, departed=departed)
                 results = await _one_for_each(pictures, segment)
         head = {"model_name": one.name, "model_version": VERSION}
         if infer_request.id is not None:
             head["id"] = infer_request.id
-        encoding = accepted_encoding(request.headers.get("accept-encoding"))
+        encoding = accepted_encoding(", ".join(request.headers.getlist("accept-encoding")))
         write = partial(_write, head, outputs, results, settings.max_pixels, encoding)
         (answer, header_length), waited, write_ms = await in_pool(models.workers, write, deadline)
         milliseconds = {
@@ -325,7 +329,9 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
             metrics.phases.labels(phase).observe(duration / 1000)
         record_phases(milliseconds)
         counted.add_success(milliseconds, [result.segmentation.batch for result in results])
-        return _response(answer, header_length, encoding)
+        cost = sum(result.work.cost for result in results)
+        headers = cost_headers(cost, sum(result.predicted_ms for result in results), milliseconds)
+        return _response(answer, header_length, encoding, headers)
 
     # ---- logging, tracing, shared memory
 
@@ -338,7 +344,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         wanted = await _json_body(request)
         if wanted:
             check_control()
-            logging.getLogger().setLevel(_level({**_logging_settings(settings), **wanted}, settings))
+            logging.getLogger().setLevel(_level(wanted, settings))
         return _logging_settings(settings)
 
     @router.api_route("/trace/setting", methods=["GET", "POST"])
@@ -421,8 +427,12 @@ def _read(one: Face, body: bytes, headers: Mapping[str, str], limit: int) -> Inf
     return request
 
 
-def _options(request: InferRequest, one: Face, settings: Settings) -> Options:
-    """The options among a request's parameters and inputs; `timeout` is the protocol's own, in microseconds."""
+def _options(request: InferRequest, query: list[tuple[str, str]], one: Face, settings: Settings) -> Options:
+    """The options in a request's query, parameters and inputs; `timeout` is the protocol's own, in microseconds."""
+    for name, _ in query:
+        if name not in one.options:
+            known = ", ".join(one.options)
+            raise InputError("unknown_option", f"unknown option {name[:64]!a} in the query; {one.name} knows {known}")
     given: dict[str, Any] = {}
     for name, value in request.parameters.items():
         if name in one.options:
@@ -430,7 +440,7 @@ def _options(request: InferRequest, one: Face, settings: Settings) -> Options:
         elif name not in ("timeout", "priority", "sequence_id", "sequence_start", "sequence_end"):
             known = ", ".join(one.options)
             raise InputError("unknown_option", f"unknown parameter {name[:64]!a}; {one.name} knows {known}, timeout")
-    pairs = option_pairs(given)
+    pairs = query + option_pairs(given)
     timeout = request.parameters.get("timeout", 0)
     if type(timeout) is not int or timeout < 0:
         raise InputError("invalid_option", "parameter timeout must be a whole number of microseconds from 0 on")
@@ -477,14 +487,14 @@ async def _one_for_each(
     pictures: list[Any], segment: Callable[[bytes | np.ndarray], Coroutine[Any, Any, Result]]
 ) -> list[Result]:
     """Segment the pictures of a request, a few at a time. Where one fails, so does the request, and names it."""
-    turns = asyncio.Semaphore(SIDE_BY_SIDE)
+    siblings = Siblings()
 
     async def one(index: int, picture: bytes | np.ndarray) -> Result:
-        async with turns:
+        async with siblings.turns:
             try:
-                return await segment(picture)
+                return await siblings.segment(partial(segment, picture))
             except InputError as error:
-                raise InputError(error.code, f"image[{index}]: {error.message}") from None
+                raise _named(error, index) from None
 
     tasks = [asyncio.create_task(one(index, picture)) for index, picture in enumerate(pictures)]
     try:
@@ -492,6 +502,40 @@ async def _one_for_each(
     finally:  # once one has failed, the others are of no use
         for task in tasks:
             task.cancel()
+
+
+def _named(error: InputError, index: int) -> InputError:
+    return InputError(error.code, f"image[{index}]: {error.message}")
+
+
+def _need_one_size(outputs: tuple[RequestedOutput, ...]) -> bool:
+    return any(asked.name != "presence" for asked in outputs)
+
+
+async def _check_sizes(pictures: list[bytes], pipeline: Pipeline, options: Options, deadline: float) -> None:
+    """Raise InputError where the headers of picture files show that their masks make no one tensor.
+
+    Sides that are only swapped may be of one size, by the orientation in the file, and are left to `_write`.
+    """
+    limits = {"max_bytes": pipeline.settings.max_bytes, "max_pixels": pipeline.settings.max_pixels}
+    first: tuple[int, int] | None = None
+    for index, picture in enumerate(pictures):
+        try:
+            stated, _, _ = await in_pool(pipeline.readers, partial(read_size, picture, **limits), deadline)
+        except InputError as error:
+            raise _named(error, index) from None
+        size = reduced_size(*stated, options.max_side)
+        first = first or size
+        if sorted(size) != sorted(first):
+            raise _sizes_differ(index, size, first)
+
+
+def _sizes_differ(index: int, size: tuple[int, int], first: tuple[int, int]) -> InputError:
+    return InputError(
+        "invalid_body",
+        f"image[{index}] is {size[0]} x {size[1]} and image[0] is {first[0]} x {first[1]}: "
+        "the pictures of one request must have one size, as their masks make one tensor",
+    )
 
 
 def _write(
@@ -502,21 +546,18 @@ def _write(
     encoding: str | None,
 ) -> tuple[bytes, int | None]:
     """The response's body, compressed where asked for, and the length of its JSON before that."""
-    shapes = [result.segmentation.mask.shape for result in results]
-    for index, (height, width) in enumerate(shapes):
-        if (height, width) != shapes[0]:
-            raise InputError(
-                "invalid_body",
-                f"image[{index}] is {width} x {height} and image[0] is {shapes[0][1]} x {shapes[0][0]}: "
-                "the pictures of one request must have one size, as their masks make one tensor",
-            )
+    if _need_one_size(outputs):
+        sizes = [(result.segmentation.mask.shape[1], result.segmentation.mask.shape[0]) for result in results]
+        for index, size in enumerate(sizes):
+            if size != sizes[0]:
+                raise _sizes_differ(index, size, sizes[0])
     stacked = [(asked, np.stack([getattr(result.segmentation, asked.name) for result in results])) for asked in outputs]
     body, header_length = encode_response(head, stacked, max_json_elements=max_json_elements)
     return compress(body, encoding) if encoding else body, header_length
 
 
-def _response(body: bytes, header_length: int | None, encoding: str | None) -> Response:
-    headers = {"Vary": "Accept-Encoding"}
+def _response(body: bytes, header_length: int | None, encoding: str | None, headers: dict[str, str]) -> Response:
+    headers = {**headers, "Vary": "Accept-Encoding"}
     if header_length is not None:
         headers[HEADER_LENGTH] = str(header_length)
     if encoding:
@@ -536,7 +577,7 @@ def _logging_settings(settings: Settings) -> dict[str, Any]:
 
 
 def _level(wanted: dict[str, Any], settings: Settings) -> int:
-    """The one level of Python's logging that the protocol's switches describe. Raises InputError."""
+    """The one level of Python's logging that the switches describe, those not given as they are. Raises InputError."""
     present = _logging_settings(settings)
     for name, value in wanted.items():
         if name not in present:
@@ -545,11 +586,14 @@ def _level(wanted: dict[str, Any], settings: Settings) -> int:
             raise InputError("invalid_body", f"log setting {name} must be like {json.dumps(present[name])}")
         if isinstance(value, str) and value != present[name]:
             raise InputError("not_implemented", f"log setting {name} cannot be changed while the service runs")
-    verbose = wanted["log_verbose_level"]
-    if verbose:
+    described = {**present, **wanted}
+    if described["log_verbose_level"]:
+        off = next((name for name, _ in _LEVELS if wanted.get(name) is False), None)
+        if off:
+            raise InputError("invalid_body", f"log_verbose_level needs {off}; set log_verbose_level to 0 as well")
         return logging.DEBUG
     level = logging.CRITICAL
-    switches = [wanted[name] for name, _ in _LEVELS]
+    switches = [described[name] for name, _ in _LEVELS]
     if sorted(switches, reverse=True) != switches:
         raise InputError("invalid_body", "log_info needs log_warnings, and log_warnings needs log_errors")
     for on, (_, least) in zip(switches, _LEVELS, strict=True):

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from service.answers import (
 )
 from service.encoders import multipart, npz, rle
 from service.engine import Engine
-from service.errors import STATUS_OF_CODE, InputError, ServiceError
+from service.errors import STATUS_OF_CODE, InputError, Refusal, ServiceError
 from service.fetch import fetch
 from service.formats import FORMATS, FormatName, choose_format
 from service.metrics import Metrics
@@ -48,7 +48,7 @@ BATCH_FORMATS: tuple[FormatName, ...] = ("json", "rle")
 
 T = TypeVar("T")
 
-SIDE_BY_SIDE = 4  # pictures of one batch that are under way at a time, so that a batch does not fill the queue
+SIDE_BY_SIDE = 4  # pictures of one request that are under way at a time, so that it does not fill the queue
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,36 @@ class Labelled:
         metadata = self.engine.metadata
         texts = {"model": metadata.name, "model_sha256": self.engine.sha256, "presence": self.rows}
         return mask_png(self.mask, metadata.classes, metadata.palette, texts)
+
+
+class Siblings:
+    """The pictures of one request: `turns` bounds how many are under way, and none is refused because of another."""
+
+    def __init__(self) -> None:
+        self.turns = asyncio.Semaphore(SIDE_BY_SIDE)
+        self._running = 0
+        self._one_is_done = asyncio.Event()
+
+    async def segment(self, run: Callable[[], Awaitable[Result]]) -> Result:
+        """Segment one of them; where it is refused as overloaded, again once another that is being run is done.
+
+        Waiting ends by the deadline, as the others have the same. Raises what `run` raises.
+        """
+        while True:
+            self._running += 1
+            waits = False
+            try:
+                return await run()
+            except Refusal as refusal:
+                waits = refusal.code == "overloaded" and self._running > 1
+                if not waits:
+                    raise
+            finally:
+                self._running -= 1
+                if not waits:
+                    self._one_is_done.set()
+                    self._one_is_done = asyncio.Event()
+            await self._one_is_done.wait()
 
 
 def segment_router(models: Models, metrics: Metrics) -> APIRouter:
@@ -93,9 +123,10 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
     )
     async def segment(request: Request) -> Response:
         started = time.perf_counter()
+        _check_not_compressed(request)
         upload = await read_upload(request, settings.max_bytes)
         options = parse_options(upload.options, settings)
-        format_, media_type = choose_format(request.headers.get("accept"), options.format)
+        format_, media_type = choose_format(", ".join(request.headers.getlist("accept")), options.format)
         options = options.model_copy(update={"format": format_})
         deadline = time.monotonic() + (options.timeout_ms or settings.timeout_ms) / 1000
         picture = await fetched(upload, deadline)
@@ -108,7 +139,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
         (labelled, encoded), waited, encode_ms = await in_pool(models.workers, encoding, deadline)
         timings = _timings(result, waited, encode_ms, started, metrics)
-        headers = _headers(result, timings)
+        headers = cost_headers(result.work.cost, result.predicted_ms, timings.model_dump()) | {"Vary": "Accept"}
         if isinstance(encoded, bytes):
             return Response(encoded, media_type=media_type, headers=headers)
         body = _answer(request, labelled, encoded, timings).model_dump_json().encode()
@@ -120,12 +151,15 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         "/segment/batch",
         summary="Segment several pictures",
         description="A form with several files `image` and one set of options. Each picture has its own answer or its "
-        "own error; a bad one fails alone. Formats: `json` and `rle`.",
+        "own error; a bad one fails alone. Formats: `json` and `rle`. Headers as of `/segment`, summed over the "
+        "pictures.",
         response_model=BatchAnswer,
         responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 415, 422, 429, 503)},
         openapi_extra=_request_body(several=True),
     )
     async def segment_batch(request: Request) -> Response:
+        arrived = time.perf_counter()
+        _check_not_compressed(request)
         uploads = await read_uploads(request, settings.max_bytes, settings.max_items)
         options = parse_options(uploads[0].options, settings)
         format_ = options.format or "json"
@@ -137,14 +171,17 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         options = options.model_copy(update={"format": format_})
         deadline = time.monotonic() + (options.timeout_ms or settings.timeout_ms) / 1000
         models.pipeline(options.model).plan(options)
-        turns = asyncio.Semaphore(SIDE_BY_SIDE)
+        siblings = Siblings()
 
         async def one(upload: Upload, departed: "asyncio.Task[None]") -> ItemAnswer:
-            async with turns:
+            async with siblings.turns:
                 started = time.perf_counter()
                 try:
                     with models.hold(options.model) as pipeline:
-                        result = await pipeline.segment(upload.picture, options, deadline=deadline, departed=departed)
+                        segment = partial(
+                            pipeline.segment, upload.picture, options, deadline=deadline, departed=departed
+                        )
+                        result = await siblings.segment(segment)
                     encode = partial(_mask_part, format_=format_)
                     encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
                     (labelled, mask), waited, encode_ms = await in_pool(models.workers, encoding, deadline)
@@ -157,9 +194,20 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         async with departure(request) as departed:
             items = await asyncio.gather(*(one(upload, departed) for upload in uploads))
         answer = BatchAnswer(id=request.state.request_id, items=list(items))
-        return Response(answer.model_dump_json(), media_type="application/json")
+        body = answer.model_dump_json()
+        headers = _batch_headers([item.answer for item in items if item.answer], (time.perf_counter() - arrived) * 1000)
+        return Response(body, media_type="application/json", headers=headers)
 
     return router
+
+
+def _check_not_compressed(request: Request) -> None:
+    """Raise InputError for a body with a Content-Encoding: pictures are compressed already."""
+    encoding = ", ".join(request.headers.getlist("content-encoding")).strip()
+    if encoding.lower() not in ("", "identity"):
+        raise InputError(
+            "unsupported", f"Content-Encoding {encoding[:64]!a} is not supported here; send the body without one"
+        )
 
 
 @asynccontextmanager
@@ -261,14 +309,21 @@ def _timings(result: Result, waited: float, encode_ms: float, started: float, me
     return timings
 
 
-def _headers(result: Result, timings: Timings) -> dict[str, str]:
-    phases = timings.model_dump().items()
+def cost_headers(cost: int, predicted_ms: float, phases: dict[str, float]) -> dict[str, str]:
+    """What a request was charged, and the milliseconds of its phases; sums where it had several pictures."""
     return {
-        "Server-Timing": ", ".join(f"{phase};dur={ms:.2f}" for phase, ms in phases),
-        "Vary": "Accept",
-        "X-Cost-Pixels": str(result.work.cost),
-        "X-Predicted-Ms": f"{result.predicted_ms:.1f}",
+        "Server-Timing": ", ".join(f"{phase};dur={ms:.2f}" for phase, ms in phases.items()),
+        "X-Cost-Pixels": str(cost),
+        "X-Predicted-Ms": f"{predicted_ms:.1f}",
     }
+
+
+def _batch_headers(answers: list[SegmentAnswer], total_ms: float) -> dict[str, str]:
+    """The headers of a batch; its pictures ran side by side, so that phases may add up to more than the total."""
+    each = [answer.timing_ms.model_dump() for answer in answers]
+    phases = {phase: sum(timings[phase] for timings in each) for phase in Timings.model_fields}
+    cost = sum(answer.cost.pixels for answer in answers)
+    return cost_headers(cost, sum(answer.cost.predicted_ms for answer in answers), phases | {"total": total_ms})
 
 
 def _prediction(pipeline: Pipeline, estimate: Estimate) -> Response:

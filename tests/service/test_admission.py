@@ -1,6 +1,7 @@
 """Promise: work is let in by its cost, refused with a time to come back, done in time or not at all."""
 
 import asyncio
+import base64
 import socket
 import threading
 import time
@@ -253,6 +254,24 @@ def test_dry_run_tells_what_a_request_would_cost(client: TestClient, engine: Eng
     assert "encnet_phase_seconds_count" in client.get("/metrics").text
 
 
+@pytest.mark.parametrize("route", ["/segment/batch", "/v2/models/tiny_encoded/infer"])
+def test_a_request_of_several_pictures_tells_their_cost_and_time(client: TestClient, route: str) -> None:
+    picture = encoded(GREY)
+    single = client.post("/segment", content=picture).headers
+    if route == "/segment/batch":
+        files = [("image", (name, content)) for name, content in (("a", picture), ("b", b"none"), ("c", picture))]
+        headers = client.post(route, files=files).headers
+    else:
+        text = base64.b64encode(picture).decode()
+        image = {"name": "image", "datatype": "BYTES", "shape": [2], "data": [text, text]}
+        headers = client.post(route, json={"inputs": [image]}).headers
+    assert int(headers["x-cost-pixels"]) == 2 * int(single["x-cost-pixels"])
+    assert float(headers["x-predicted-ms"]) > 0
+    timing = dict(entry.split(";dur=") for entry in headers["server-timing"].split(", "))
+    assert list(timing) == ["decode", "queue", "infer", "encode", "total"]
+    assert float(timing["total"]) > 0
+
+
 def test_overload_over_http_is_429_with_retry_after(
     client_with: Callable[..., TestClient], gate: threading.Event
 ) -> None:
@@ -272,6 +291,59 @@ def test_overload_over_http_is_429_with_retry_after(
         assert late.status_code in (429, 504)
         gate.set()
         assert first.result(WAIT).status_code == 200
+
+
+@pytest.mark.parametrize("route", ["/segment/batch", "/v2/models/tiny_encoded/infer"])
+def test_the_pictures_of_one_request_do_not_refuse_each_other(
+    client_with: Callable[..., TestClient], route: str
+) -> None:
+    client = client_with(max_queue_pixels=5_000)
+    pictures = [encoded(GREY)] * 6
+    if route == "/segment/batch":
+        items = client.post(route, files=[("image", (f"{i}.png", one)) for i, one in enumerate(pictures)]).json()[
+            "items"
+        ]
+        assert [item["error"] for item in items] == [None] * 6
+    else:
+        texts = [base64.b64encode(one).decode() for one in pictures]
+        image = {"name": "image", "datatype": "BYTES", "shape": [6], "data": texts}
+        answer = client.post(route, json={"inputs": [image]})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["outputs"][0]["shape"] == [6, 20, 30]
+
+
+def test_the_pictures_of_one_request_are_refused_because_of_other_requests(
+    client_with: Callable[..., TestClient], gate: threading.Event
+) -> None:
+    def open_engine(path: Path, settings: Settings) -> Engine:
+        engine = Gated(path, "cpu", 1)
+        engine.gate = gate
+        return engine
+
+    files = [("image", (name, encoded(GREY))) for name in ("a.png", "b.png")]
+    with client_with(open_engine, max_queue_pixels=5_000) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/segment", content=encoded(GREY))
+        until(lambda: 'encnet_queue_requests{model="tiny"} 1.0' in client.get("/metrics").text)
+        items = client.post("/segment/batch", files=files).json()["items"]
+        assert [item["error"]["code"] for item in items] == ["overloaded"] * 2
+        gate.set()
+        assert first.result(WAIT).status_code == 200
+
+
+def test_a_picture_that_waits_for_others_of_its_request_keeps_its_deadline(
+    client_with: Callable[..., TestClient], gate: threading.Event
+) -> None:
+    def open_engine(path: Path, settings: Settings) -> Engine:
+        engine = Gated(path, "cpu", 1)
+        engine.gate = gate
+        return engine
+
+    files = [("image", (name, encoded(GREY))) for name in ("a.png", "b.png")]
+    with client_with(open_engine, max_queue_pixels=5_000) as client:
+        begun = time.monotonic()
+        items = client.post("/segment/batch?timeout_ms=500", files=files).json()["items"]
+        assert time.monotonic() - begun < 5
+        assert [item["error"]["code"] for item in items] == ["deadline_passed"] * 2
 
 
 def test_a_client_that_leaves_is_counted_and_no_failure(

@@ -1,6 +1,7 @@
 """Promise: the HTTP face answers as documented, bit for bit what the engine says, and tells in JSON what is wrong."""
 
 import base64
+import gzip
 import io
 import json
 import re
@@ -164,6 +165,11 @@ def test_accept_chooses_where_format_does_not(client: TestClient, png: bytes, ac
 # ---- options
 
 
+def test_several_accept_lines_are_one(client: TestClient, png: bytes) -> None:
+    lines = [("Accept", "text/html"), ("Accept", "application/json;q=0.5"), ("Accept", "image/png")]
+    assert client.post("/segment", content=png, headers=lines).headers["content-type"] == "image/png"
+
+
 def test_options_in_query_and_form_may_agree(client: TestClient, png: bytes) -> None:
     response = client.post("/segment?scales=0.5", files={"image": png}, data={"scales": "0.5", "flip": "true"})
     assert response.json()["scales"] == [0.5]
@@ -205,6 +211,15 @@ def test_bad_picture(client: TestClient, png: bytes, send: str, name: str, statu
     }[name]
     body: dict[str, Any] = {"content": data} if send == "raw" else {"files": {"image": ("x.png", data)}}
     assert_error(client.post("/segment", **body), status, code)
+
+
+@pytest.mark.parametrize("route", ["/segment", "/segment/batch"])
+def test_a_compressed_body_is_refused_by_its_content_encoding(client: TestClient, png: bytes, route: str) -> None:
+    response = client.post(route, content=gzip.compress(png), headers={"Content-Encoding": "gzip"})
+    message = assert_error(response, 415, "unsupported")
+    assert message == "Content-Encoding 'gzip' is not supported here; send the body without one"
+    plain = client.post("/segment", content=png, headers={"Content-Encoding": "identity"})
+    assert plain.status_code == 200
 
 
 def test_the_service_goes_on_after_bad_pictures(client: TestClient, png: bytes) -> None:
@@ -337,6 +352,12 @@ def test_classes(client: TestClient) -> None:
     assert [entry["id"] for entry in answer["classes"]] == [0, 1, 2, 3]
     assert [entry["name"] for entry in answer["classes"]] == CLASSES
     assert [entry["color"] for entry in answer["classes"]] == PALETTE
+
+
+def test_a_blank_model_counts_as_not_given(client: TestClient, png: bytes) -> None:
+    for blank in ("", "%20"):
+        assert client.get(f"/classes?model={blank}").json() == client.get("/classes").json()
+        assert client.post(f"/segment?model={blank}", content=png).status_code == 200
 
 
 def test_the_docs_are_there(client: TestClient) -> None:

@@ -177,6 +177,10 @@ def test_logging(call: Call) -> None:
         assert logging.getLogger().level == logging.WARNING
         assert call("update_log_settings", {"log_verbose_level": 1})["log_info"] is True
         assert logging.getLogger().level == logging.DEBUG
+        with pytest.raises(
+            InferenceServerException, match="log_verbose_level needs log_info; set log_verbose_level to 0"
+        ):
+            call("update_log_settings", {"log_info": False})
         for wrong in ({"log_file": "/etc/passwd"}, {"log_info": 1}, {"log_colour": True}):
             with pytest.raises(InferenceServerException, match="log setting"):
                 call("update_log_settings", wrong)
@@ -261,6 +265,8 @@ def test_the_response_is_compressed_where_asked_for_and_metadata_never_is(addres
         assert response.headers["vary"] == "Accept-Encoding"
         metadata = httpx.get(url, headers={"Accept-Encoding": accepted})
         assert "content-encoding" not in metadata.headers
+    lines = [*headers.items(), ("Accept-Encoding", "br"), ("Accept-Encoding", "gzip")]
+    assert httpx.post(f"{url}/infer", content=body, headers=lines).headers["content-encoding"] == "gzip"
     plain = httpx.post(f"{url}/infer", content=body, headers={**headers, "Accept-Encoding": "br"})
     assert "content-encoding" not in plain.headers
     header_length = int(plain.headers["inference-header-content-length"])
@@ -279,6 +285,23 @@ def test_options_as_parameters_and_as_inputs(call: Call, engine: Engine, batch: 
         by_input = call("infer", "tiny", [image, *options], parameters={"scales": "0.5,0.7"})
         np.testing.assert_array_equal(by_input.as_numpy("mask"), wanted)
     np.testing.assert_array_equal(by_parameter.as_numpy("mask"), wanted)
+
+
+def test_options_in_the_query(address: str, engine: Engine, batch: np.ndarray) -> None:
+    url = f"http://{address}/v2/models/tiny/infer"
+    image = {"name": "image", "datatype": "UINT8", "shape": list(batch.shape), "data": batch.flatten().tolist()}
+    answer = httpx.post(f"{url}?scales=0.5,0.7&flip=true&window=", json={"inputs": [image]}).json()
+    mask = np.array(answer["outputs"][0]["data"], np.uint8).reshape(batch.shape[:3])
+    np.testing.assert_array_equal(mask, masks(engine, batch, scales=(0.5, 0.7), flip=True))
+    for query, message in (
+        ("bogus=1", "unknown option 'bogus' in the query; tiny knows scales, flip"),
+        ("max_side=20", "unknown option 'max_side' in the query; tiny knows scales, flip"),
+        ("stride=9", "stride needs window"),
+        ("scales=2", "scales is given twice"),
+    ):
+        refused = httpx.post(f"{url}?{query}", json={"inputs": [image], "parameters": {"scales": "0.5"}})
+        assert refused.status_code == 422
+        assert message in refused.json()["error"]
 
 
 def test_window_and_stride(call: Call, engine: Engine, batch: np.ndarray) -> None:
@@ -427,6 +450,38 @@ def test_the_picture_at_fault_is_named(call: Call, batch: np.ndarray) -> None:
         call("infer", "tiny_encoded", [tensor("image", files(whole, encoded(batch[0][:10, :20])))])
     with pytest.raises(InferenceServerException, match=r"image\[0\] must be base64"):
         call("infer", "tiny_encoded", [tensor("image", files(b"not base64"), binary=False)])
+
+
+def test_sizes_that_make_no_one_tensor_are_told_before_a_run(
+    client_with: Callable[..., TestClient], batch: np.ndarray
+) -> None:
+    client = client_with()
+    models = client.app.state.models
+    runs: list[Any] = []
+    models.pipeline().on_answer = runs.append
+    url = f"/v2/models/{models.default}_encoded/infer"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(np.rot90(batch[0]), exif=exif)
+
+    def infer(*contents: bytes, outputs: list[Any] | None = None, **parameters: Any) -> Any:
+        inputs = [tensor("image", files(*contents))]
+        body, length = triton.InferenceServerClient.generate_request_body(
+            inputs, outputs=outputs or [asked("mask", False)], parameters=parameters
+        )
+        return client.post(url, content=body, headers={"Inference-Header-Content-Length": str(length)})
+
+    whole, small = encoded(batch[0]), encoded(batch[0][:10, :20])
+    for outputs in ([asked("mask")], [asked("presence"), asked("probabilities")]):
+        refused = infer(whole, small, outputs=outputs)
+        assert (refused.status_code, runs) == (400, [])
+        assert "image[1] is 20 x 10 and image[0] is 47 x 33" in refused.json()["error"]
+    presence = infer(whole, small, outputs=[asked("presence", False)]).json()["outputs"]
+    assert [output["shape"] for output in presence] == [[2, 4]]
+    assert infer(whole, turned).json()["outputs"][0]["shape"] == [2, 33, 47]
+    twice = encoded(batch[0].repeat(2, 0).repeat(2, 1))
+    assert infer(whole, twice, max_side=40).json()["outputs"][0]["shape"] == [2, 28, 40]
+    assert infer(whole, encoded(np.rot90(batch[0]))).status_code == 400
 
 
 def test_inputs_missing_and_unknown(call: Call, batch: np.ndarray) -> None:

@@ -250,6 +250,9 @@ def test_a_reload_drops_no_request_and_a_broken_file_changes_nothing(
         assert client.post("/segment", content=png).json()["model"]["name"] == "encnet-other"
         assert client.get("/readyz").status_code == 200
         portal.call(models.unload, "served")
-        assert client.post("/segment", content=png).status_code == 503
+        for refused in (client.post("/segment", content=png), client.get("/classes")):
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "unloaded"
+            assert "the model served is not loaded: it was unloaded" in refused.json()["error"]["message"]
         assert client.get("/models").json()["models"][0]["state"] == "unloaded"
     models.close()
