@@ -181,11 +181,12 @@ def test_sighup_before_the_server_is_ready_does_not_kill_it(serve: Serve, model_
 
 def test_ctrl_c_in_the_terminal_of_a_supervisor_finishes_what_was_accepted(serve: Serve, big: bytes) -> None:
     process, url = serve("--supervise", process_group=0)
-    with ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(httpx.post, f"{url}/segment", params=SLOW, content=big, timeout=WAIT) for _ in range(2)]
-        until(lambda: queued(url) == 2)
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(httpx.post, f"{url}/segment", params=SLOW, content=big, timeout=WAIT) for _ in range(4)]
+        until(lambda: queued(url) == 4)
         os.killpg(process.pid, signal.SIGINT)
-        assert [answer.result(WAIT).status_code for answer in answers] == [200] * 2
+        until(lambda: httpx.get(f"{url}/readyz", timeout=5).status_code == 503)
+        assert [answer.result(WAIT).status_code for answer in answers] == [200] * 4
     assert process.wait(WAIT) == 0
 
 
@@ -226,7 +227,8 @@ def test_a_supervisor_told_to_stop_during_the_start_up_says_how_it_ended(number:
     script = (
         "import socket, sys\n"
         "from service.supervisor import supervise\n"
-        "born = 'import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); print(1, flush=True); time.sleep(60)'\n"
+        "born = 'import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); print(1, flush=True); '\n"
+        "born += 'time.sleep(60)'\n"
         "sys.exit(supervise([sys.executable, '-c', born], socket.create_server(('127.0.0.1', 0))))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
