@@ -202,6 +202,10 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
     said = "written" if written.new else "there already, the same graph"
     kept = "; config.pbtxt is kept as it was" if written.config_kept else ""
     console.print(f"{written.version}: {said}{kept}", markup=False, soft_wrap=True)
+    if written.to_add:
+        console.print(
+            f"to use the compiled kernel, add to config.pbtxt: {written.to_add}", markup=False, soft_wrap=True
+        )
 
 
 def export_checkpoint(arguments: argparse.Namespace, console: Console, notes: Console) -> onnx.ModelProto:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -112,11 +112,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Written:
-    """Where a model stands in the repository. `new`: this version was made now; `config_kept`: there was one before."""
+    """Where a model stands in the repository. `new`: this version was made now; `config_kept`: there was one before.
+
+    `to_add`: what the configuration that was kept lacks to use the compiled kernel, or nothing.
+    """
 
     version: Path
     new: bool
     config_kept: bool
+    to_add: str = ""
 
 
 def facts(whole: onnx.ModelProto, source: Path, name: str | None = None) -> Facts:
@@ -212,7 +216,13 @@ def write(
     # On a GPU the kernel for CPUs would fetch the features from it and bring the result back, at every view.
     kind = "KIND_CPU" if library and "cuda" not in library.name else "KIND_AUTO"
     files["config.pbtxt"] = config(described, model, path, kind).encode()
-    return _place(repository, described.name, files, data)
+    written = _place(repository, described.name, files, data)
+    if library and path and written.config_kept:
+        folder = repository / described.name
+        _write(folder / library.name, files[library.name])
+        if path not in (folder / "config.pbtxt").read_text():
+            return replace(written, to_add=LIBRARY.format(path=json.dumps(path)).strip())
+    return written
 
 
 def _place(repository: Path, name: str, files: dict[str, bytes], model: bytes) -> Written:

@@ -142,7 +142,8 @@ def serve_on_cluster(
     Without --address it serves in the foreground, on this machine; SIGTERM and Ctrl-C finish what is in flight, while
     new work gets 503, and SIGHUP loads the model files anew, replica by replica. With --address it deploys and ends;
     done again, with another model or other options, it brings the replicas up to date one after another, without
-    losing a request. Every node needs the model files, this code and service/requirements-cluster.txt.
+    losing a request: all options and settings are taken anew, and what is left out is the default again. Every node
+    needs the model files, this code and service/requirements-cluster.txt.
 
     Examples:
 
@@ -150,7 +151,7 @@ def serve_on_cluster(
 
         python -m service cluster --address auto --host 0.0.0.0 --gpus 0.5
 
-        python -m service cluster --address auto --model new.onnx
+        python -m service cluster --address auto --host 0.0.0.0 --gpus 0.5 --model new.onnx
 
         python -m service cluster --address auto --stop
     """

@@ -23,8 +23,10 @@ import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray import serve
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig, ReplicaState
 from starlette.datastructures import Headers, MutableHeaders
@@ -241,9 +243,12 @@ def connected(address: str | None, layout: Layout | None = None) -> Iterator[Non
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")  # its own 0.1 takes 3 % of a core, all the time
     _serve_log.setLevel(logging.ERROR)
     mine: dict[str, Any] = {"include_dashboard": False} if address is None else {}
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if address:
             _knock(address)
+            # Ray itself does it for `auto` alone, while `ray start` demands a token wherever there is one.
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **mine)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = f"at {address}" if address else "on this machine"
@@ -274,19 +279,10 @@ def deploy(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> i
         before = serve.status().applications.get(NAME)
         room = layout.fits(ray.available_resources()) + (_running(before) if before else 0)
         target = application(settings, layout, room)
-        _serve_log.setLevel(logging.WARNING)  # it tells where Serve runs already, on another host or port
-        serve.start(
-            http_options=HTTPOptions(
-                host=settings.host,
-                port=settings.port,
-                request_timeout_s=settings.max_timeout_ms / 1000 + SPARE_SECONDS,
-            ),
-            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
-        )
-        _serve_log.setLevel(logging.ERROR)
+        _listen(settings)
         serve.run_many([serve.RunTarget(target, name=NAME)], wait_for_applications_running=False)
         told = ""
-        while (state := serve.status().applications[NAME]).status != ApplicationStatus.RUNNING:
+        while (state := _deployed()).status != ApplicationStatus.RUNNING:
             reason = _last_line("\n".join([state.message, *(one.message for one in state.deployments.values())]))
             if state.status == ApplicationStatus.DEPLOY_FAILED:
                 raise ClusterError(f"the replicas cannot be started: {reason}")
@@ -298,11 +294,54 @@ def deploy(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> i
     return _running(state)
 
 
+def _listen(settings: Settings) -> None:
+    """Let Serve's proxies listen where the settings say, which is for good: one that runs takes no other address.
+
+    Raises ClusterError where they listen elsewhere already, or end requests sooner than the settings do.
+    """
+    wanted = HTTPOptions(
+        host=settings.host, port=settings.port, request_timeout_s=settings.max_timeout_ms / 1000 + SPARE_SECONDS
+    )
+    try:
+        serve.start(http_options=wanted, logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"))
+    except RayError:
+        if not serve.status().applications:
+            serve.shutdown()  # or the next attempt would find a Serve that runs and does not listen
+        raise
+    client = _get_global_client()
+    assert client is not None  # as Serve runs
+    has = client.http_config
+    if (has.host, has.port) != (wanted.host, wanted.port):
+        raise ClusterError(
+            f"Serve listens on {has.host} port {has.port} on this cluster already; "
+            f"deploy with --host {has.host} --port {has.port}, or after --stop"
+        )
+    if has.request_timeout_s and has.request_timeout_s < wanted.request_timeout_s:
+        raise ClusterError(
+            f"Serve was started to end requests after {has.request_timeout_s:g} s, and max_timeout_ms "
+            f"{settings.max_timeout_ms} with {SPARE_SECONDS:g} s to spare is longer; deploy after --stop"
+        )
+
+
+def _deployed() -> ApplicationStatusOverview:
+    try:
+        return serve.status().applications[NAME]
+    except KeyError:
+        raise ClusterError("the service was removed while it was deployed; deploy it again") from None
+
+
 def stop(settings: Settings) -> None:
-    """Drain and remove: new work gets 503, what is in flight has the grace period to be finished.
+    """Drain and remove, and Serve too, which frees its port, unless it has another application.
 
     Raises ClusterError where nothing is deployed.
     """
+    _drain_and_remove(settings)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _drain_and_remove(settings: Settings) -> None:
+    """New work gets 503, what is in flight has the grace period to be finished."""
     try:
         handle = serve.get_app_handle(NAME)
     except RayServeException:
@@ -332,7 +371,7 @@ def stay(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> Non
             tell(str(error))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: sys.exit(1))
-    stop(settings)
+    _drain_and_remove(settings)
 
 
 def _running(state: ApplicationStatusOverview) -> int:
@@ -341,6 +380,7 @@ def _running(state: ApplicationStatusOverview) -> int:
 
 
 def _first_line(error: Exception) -> str:
+    error = getattr(error, "cause", None) or error  # what happened in another process has a traceback before it
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -85,6 +85,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: stop."""
         if self._models.draining or not self.started:
+            self.config.timeout_graceful_shutdown = 1
+            self.force_exit = self.should_exit  # the time above is read as the shutdown begins, and it has begun
             super().handle_exit(sig, frame)
             return
         self._models.drain()
@@ -99,6 +101,8 @@ class Server(uvicorn.Server):
         until = self._loop.time() + grace
         while self._models.in_flight and self._loop.time() < until:
             await asyncio.sleep(_POLL_SECONDS)
+            if self.should_exit:
+                return
         # What has left the device may still be encoded or on its way out; the grace period is for both together.
         self.config.timeout_graceful_shutdown = max(1, round(until - self._loop.time()))
         self.should_exit = True
@@ -119,6 +123,7 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
     Raises engine.ModelError where a model cannot be served at the start, and SystemExit where one has died for good:
     another process may do better.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is served from startup on; until then it would kill
     logs.set_up(settings.log_format, settings.log_level)
     allocator.return_large_blocks()
     models = Models(settings)

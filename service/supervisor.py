@@ -38,18 +38,21 @@ def supervise(command: Sequence[str], listener: socket.socket) -> int:
             with suppress(ProcessLookupError):
                 os.kill(child.pid, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, forward)
     quick_deaths = 0
     while not stopping:
         started = time.monotonic()
         descriptor = listener.fileno()
-        child = subprocess.Popen([*command, "--listen-fd", str(descriptor)], pass_fds=[descriptor])
+        # In a group of its own, or a terminal's Ctrl-C would reach it twice: a second signal ends what drains.
+        child = subprocess.Popen([*command, "--listen-fd", str(descriptor)], pass_fds=[descriptor], process_group=0)
         if stopping:
             child.terminate()  # the signal came before there was a child to forward it to
         code = _wait(child)
+        if stopping and code in (-signal.SIGTERM, -signal.SIGINT):
+            return 0  # it was told to stop before it could drain, which is no fault of its own
         if stopping or code in (0, *_STARTUP_ERRORS):
-            return code
+            return code if code >= 0 else 128 - code
         quick_deaths = quick_deaths + 1 if time.monotonic() - started < SHORT_LIFE else 0
         if quick_deaths >= QUICK_DEATHS:
             _log.error("the server died %d times in a row (%s), giving up", quick_deaths, _end_of(code))

@@ -117,7 +117,7 @@ def test_the_container_is_limited_and_hardened(served: str) -> None:
     found = inspect(name)
     host = found["HostConfig"]
     assert (host["ReadonlyRootfs"], host["CapDrop"], host["SecurityOpt"]) == (True, ["ALL"], ["no-new-privileges:true"])
-    assert (host["Memory"], host["PidsLimit"], host["RestartPolicy"]["Name"]) == (12 * 2**30, 512, "unless-stopped")
+    assert (host["Memory"], host["PidsLimit"], host["RestartPolicy"]["Name"]) == (12 * 2**30, 4096, "unless-stopped")
     assert found["Config"]["StopTimeout"] == 45
     assert [mount["RW"] for mount in found["Mounts"] if mount["Destination"] == "/models"] == [False]
 

@@ -172,6 +172,10 @@ def test_a_pod_is_not_killed_before_it_has_drained() -> None:
     container = container_of(pod)
     waits = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] >= waits + settings_of(container).grace_seconds + 5
+    predictor = read(KSERVE)[0]["spec"]["predictor"]
+    assert "terminationGracePeriodSeconds" not in predictor, "Knative refuses it"
+    kubernetes_own = 30
+    assert kubernetes_own >= settings_of(container_of(predictor)).grace_seconds + 5
 
 
 def test_probes_ask_what_the_service_answers(client: TestClient) -> None:

@@ -414,6 +414,25 @@ def test_the_kernel_goes_along_and_is_named_where_triton_finds_it(
         assert ModelInstanceGroup.Kind.Name(config.instance_group[0].kind) == kind
 
 
+@needs_library
+def test_a_configuration_that_is_kept_is_told_what_the_kernel_needs(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(triton, "KERNELS", kernels.LIBRARY.parent)
+    models = tmp_path / "models"
+    folder = models / "encnet-tiny"
+    assert export(tiny_file, "--triton-repository", models) == 0
+    assert export(tiny_file, "--triton-repository", models, "--triton-mount", models) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    said, _, to_add = line.partition("config.pbtxt: ")
+    assert said == "to use the compiled kernel, add to "
+    with (folder / "config.pbtxt").open("a") as file:
+        file.write(to_add)
+    assert list(Backend(folder).config.model_operations.op_library_filename) == [str(folder / kernels.LIBRARY.name)]
+    assert export(tiny_file, "--triton-repository", models, "--triton-mount", models) == 0
+    assert "add to" not in capsys.readouterr().out
+
+
 def test_a_graph_that_answers_differently_is_not_written(
     tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -38,7 +40,7 @@ with warnings.catch_warnings():
 from ray import serve
 from ray.serve.schema import ReplicaState
 
-from service.cluster import NAME, ClusterError, Layout, Replica, application, check_room, for_worker
+from service.cluster import NAME, ClusterError, Layout, Replica, _deployed, application, check_room, for_worker
 
 ROOT = Path(service.__file__).parents[1]
 WAIT = 90
@@ -181,6 +183,12 @@ def test_answers_are_those_of_the_plain_service(
     assert "encnet_ready" in httpx.get(f"{deployed.url}/metrics").text
 
 
+def test_another_address_than_serve_listens_on_is_refused(deployed: Deployed, model_file: Path) -> None:
+    done = run("--address", deployed.cluster.address, "--port", free_port(), "--model", model_file)
+    assert done.returncode == 1
+    assert f"Serve listens on 127.0.0.1 port {deployed.port} on this cluster already" in done.stderr
+
+
 def test_more_replicas_under_load(deployed: Deployed, ask: Callable[[], int]) -> None:
     assert deployed.replicas() == 1
     with load(6, ask) as answers:
@@ -263,6 +271,12 @@ def test_a_drain_loses_nothing_and_removes_all(deployed: Deployed, picture: byte
     assert deployed.processes() == []
     again = run("--address", deployed.cluster.address, "--stop")
     assert (again.returncode, again.stderr) == (1, "error: nothing of this service is deployed on the cluster\n")
+    with socket.create_server(("127.0.0.1", deployed.port)):  # its port is free, and a port that is held is told
+        held = run("--address", deployed.cluster.address, "--port", deployed.port)
+    assert held.returncode == 1
+    assert f"Failed to bind to address '127.0.0.1:{deployed.port}'" in held.stderr
+    deployed.port = free_port()
+    assert f":{deployed.port}\n" in deployed.deploy()
 
 
 # ---- the command
@@ -348,6 +362,30 @@ def test_without_ray_the_command_says_what_to_install() -> None:
         assert done.stderr == "error: ray is not installed; pip install -r service/requirements-cluster.txt\n"
 
 
+def test_where_there_is_a_token_it_goes_to_a_cluster_by_its_address_too(tmp_path: Path) -> None:
+    """`ray start` demands it wherever there is one, and Ray sends it by itself for `auto` alone."""
+    script = (
+        "import os, ray\n"
+        "from service import cluster\n"
+        "cluster._knock = lambda address: None\n"
+        "ray.init = lambda *arguments, **options: print(os.environ.get('RAY_AUTH_MODE'))\n"
+        "with cluster.connected('10.0.0.7:6379'):\n"
+        "    pass"
+    )
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    for home, mode in ((tmp_path, "token"), (tmp_path / "none", "None")):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env=environment(HOME=str(home)),
+            capture_output=True,
+            text=True,
+            timeout=WAIT,
+        )
+        assert (done.stdout, done.stderr) == (f"{mode}\n", "")
+
+
 def test_a_worker_takes_the_device_and_the_threads_that_are_set_aside_for_it(model_file: Path) -> None:
     settings = Settings(model=model_file)
     assert for_worker(settings, Layout()).device == "cpu"
@@ -361,6 +399,12 @@ def test_a_worker_takes_the_device_and_the_threads_that_are_set_aside_for_it(mod
     assert Layout(cpus=2, gpus=0.5).fits({"CPU": 9, "GPU": 1}) == 2
     with pytest.raises(ClusterError, match="no room here for 3 x 2 CPU and"):
         check_room(Layout(min_replicas=3, cpus=2, gpus=0.5), {"CPU": 9, "GPU": 1})
+
+
+def test_a_service_that_is_removed_while_it_is_deployed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={}))
+    with pytest.raises(ClusterError, match="removed while it was deployed"):
+        _deployed()
 
 
 def test_a_replica_whose_model_does_not_run_is_not_healthy(settings: Settings) -> None:

@@ -39,7 +39,7 @@ def serve(model_file: Path) -> Iterator[Serve]:
     started = []
 
     def start(
-        *arguments: str, command: list[str] | None = None, **environment: str
+        *arguments: str, command: list[str] | None = None, process_group: int | None = None, **environment: str
     ) -> tuple["subprocess.Popen[str]", str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("ENCNET_")}
         process = subprocess.Popen(
@@ -57,6 +57,7 @@ def serve(model_file: Path) -> Iterator[Serve]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            process_group=process_group,
         )
         started.append(process)
         assert process.stdout
@@ -157,6 +158,20 @@ def test_an_upload_that_does_not_end_is_given_up(serve: Serve) -> None:
     assert httpx.post(f"{address}/segment", content=b"x" * 8999).status_code == 415, "its bytes are let go"
 
 
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(serve: Serve, model_file: Path, again: signal.Signals) -> None:
+    script = HUNG_SERVER.replace("grace_seconds=0.2", "grace_seconds=600")
+    process, url = serve(command=[sys.executable, "-c", script, str(model_file)])
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, f"{url}/segment", content=encoded(np.zeros((4, 4, 3), np.uint8)), timeout=WAIT)
+        until(lambda: queued(url) == 1)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{url}/readyz", timeout=WAIT).status_code == 503)
+        process.send_signal(again)
+        process.wait(10)
+        assert answer.exception() is not None or answer.result().status_code >= 500
+
+
 def test_a_server_whose_model_is_gone_for_good_ends_for_its_supervisor(model_file: Path) -> None:
     script = (
         "import sys\n"
@@ -179,6 +194,29 @@ def test_sighup_loads_the_model_anew(serve: Serve) -> None:
     assert process.stdout
     assert any("is loaded from" in line for line in process.stdout)
     assert httpx.get(f"{url}/readyz", timeout=WAIT).status_code == 200
+
+
+def test_sighup_before_the_server_is_ready_does_not_kill_it(serve: Serve, model_file: Path) -> None:
+    script = HUNG_SERVER.replace(
+        "settings =",
+        "import os, signal\n"
+        "load = Engine.__init__\n"
+        "Engine.__init__ = lambda *given: (os.kill(os.getpid(), signal.SIGHUP), load(*given))[1]\n"
+        "settings =",
+    )
+    _, url = serve(command=[sys.executable, "-c", script, str(model_file)])
+    assert httpx.get(f"{url}/readyz", timeout=WAIT).status_code == 200
+
+
+def test_ctrl_c_in_the_terminal_of_a_supervisor_finishes_what_was_accepted(serve: Serve, big: bytes) -> None:
+    process, url = serve("--supervise", process_group=0)
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(httpx.post, f"{url}/segment", params=SLOW, content=big, timeout=WAIT) for _ in range(4)]
+        until(lambda: queued(url) == 4)
+        os.killpg(process.pid, signal.SIGINT)
+        until(lambda: httpx.get(f"{url}/readyz", timeout=5).status_code == 503)
+        assert [answer.result(WAIT).status_code for answer in answers] == [200] * 4
+    assert process.wait(WAIT) == 0
 
 
 def test_a_killed_server_is_replaced_on_the_same_port(serve: Serve) -> None:
@@ -211,6 +249,23 @@ def test_a_supervisor_gives_up_on_a_server_that_dies_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 1
     assert done.stdout.count("born") == QUICK_DEATHS
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGQUIT, 131)])
+def test_a_supervisor_told_to_stop_during_the_start_up_says_how_it_ended(number: signal.Signals, code: int) -> None:
+    script = (
+        "import socket, sys\n"
+        "from service.supervisor import supervise\n"
+        "born = 'import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); print(1, flush=True); '\n"
+        "born += 'time.sleep(60)'\n"
+        "sys.exit(supervise([sys.executable, '-c', born], socket.create_server(('127.0.0.1', 0))))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline()
+    process.send_signal(number)
+    process.stdout.close()
+    assert process.wait(WAIT) == code
 
 
 BECOMES_FIRST_PROCESS = """
