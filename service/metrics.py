@@ -27,6 +27,12 @@ class Metrics:
             ["route", "status", "reason"],
             registry=self.registry,
         )
+        self.batch_faults = Counter(
+            "encnet_batch_faults_total",
+            "Pictures of a batch that failed alone, by the error's code; the batch counts as answered.",
+            ["reason"],
+            registry=self.registry,
+        )
         self.phases = Histogram(
             "encnet_phase_seconds",
             "Seconds of a request by phase: decode, queue, infer, encode, total.",

@@ -186,6 +186,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
                     encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
                     (labelled, mask), waited, encode_ms = await in_pool(models.workers, encoding, deadline)
                 except ServiceError as error:
+                    metrics.batch_faults.labels(error.code).inc()
                     fault = Fault(code=error.code, message=error.message, request_id=request.state.request_id)
                     return ItemAnswer(name=upload.name, error=fault)
                 timings = _timings(result, waited, encode_ms, started, metrics)

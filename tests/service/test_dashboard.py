@@ -18,6 +18,7 @@ ADDED_BY_PROMETHEUS = {"instance", "le"}
 
 def test_every_query_names_metrics_and_labels_that_are_exported(client: TestClient, quadrants: np.ndarray) -> None:
     client.post("/segment", content=encoded(quadrants))
+    client.post("/segment/batch", files=[("image", b"no picture")])
     families = list(text_string_to_metric_families(client.get("/metrics").text))
     labels: dict[str, set[str]] = {}
     for family in families:

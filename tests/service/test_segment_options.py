@@ -238,6 +238,7 @@ def test_a_batch_answers_each_picture_and_a_bad_one_fails_alone(
         assert item["error"] is None
         mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(item["answer"]["mask"]["data"]))))
         np.testing.assert_array_equal(mask, engine.segment(image, (0.5,)).mask)
+    assert 'encnet_batch_faults_total{reason="truncated"} 1.0' in client.get("/metrics").text
 
 
 def test_a_batch_as_a_whole_can_be_at_fault(client_with: Callable[..., TestClient], quadrants: np.ndarray) -> None:
