@@ -23,7 +23,6 @@ import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray import serve
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.context import _get_global_client
@@ -247,8 +246,6 @@ def connected(address: str | None, layout: Layout | None = None) -> Iterator[Non
     try:
         if address:
             _knock(address)
-            # Ray itself does it for `auto` alone, while `ray start` demands a token wherever there is one.
-            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **mine)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = f"at {address}" if address else "on this machine"

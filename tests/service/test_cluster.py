@@ -362,30 +362,6 @@ def test_without_ray_the_command_says_what_to_install() -> None:
         assert done.stderr == "error: ray is not installed; pip install -r service/requirements-cluster.txt\n"
 
 
-def test_where_there_is_a_token_it_goes_to_a_cluster_by_its_address_too(tmp_path: Path) -> None:
-    """`ray start` demands it wherever there is one, and Ray sends it by itself for `auto` alone."""
-    script = (
-        "import os, ray\n"
-        "from service import cluster\n"
-        "cluster._knock = lambda address: None\n"
-        "ray.init = lambda *arguments, **options: print(os.environ.get('RAY_AUTH_MODE'))\n"
-        "with cluster.connected('10.0.0.7:6379'):\n"
-        "    pass"
-    )
-    (tmp_path / ".ray").mkdir()
-    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
-    for home, mode in ((tmp_path, "token"), (tmp_path / "none", "None")):
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=ROOT,
-            env=environment(HOME=str(home)),
-            capture_output=True,
-            text=True,
-            timeout=WAIT,
-        )
-        assert (done.stdout, done.stderr) == (f"{mode}\n", "")
-
-
 def test_a_worker_takes_the_device_and_the_threads_that_are_set_aside_for_it(model_file: Path) -> None:
     settings = Settings(model=model_file)
     assert for_worker(settings, Layout()).device == "cpu"
