@@ -74,13 +74,19 @@ def make_optimizer(model: EncNet, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def class_weights(crops: TrainingCrops, num_classes: int, exponent: float) -> Tensor | None:
-    """(C,) float: (1 / pixel frequency)^exponent, scaled so that the mean over pixels is 1; None for exponent 0."""
+    """(C,) float: (1 / pixel frequency)^exponent, scaled so that the mean over pixels is 1; None for exponent 0.
+
+    A class without a pixel weighs 1.
+    """
     if not exponent:
         return None
-    counts = crops.label_counts(num_classes).clamp_min(1).double()
-    frequency = counts / counts.sum()
-    weights = frequency**-exponent
-    return (weights / (weights * frequency).sum()).float()
+    counts = crops.label_counts(num_classes).double()
+    present = counts > 0
+    frequency = counts[present] / counts.sum()
+    weights = torch.ones_like(counts)
+    weights[present] = frequency**-exponent
+    weights[present] /= (weights[present] * frequency).sum()
+    return weights.float()
 
 
 @torch.no_grad()

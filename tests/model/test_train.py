@@ -220,6 +220,19 @@ def test_a_step_in_parts_has_the_gradients_of_the_parts_together():
             torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("exponent", [0.3, 1.0])
+def test_class_weights_balance_the_classes_that_occur(exponent):
+    class Crops:
+        def label_counts(self, classes):
+            return torch.tensor([900, 0, 100])
+
+    weights = train.class_weights(Crops(), 3, exponent)
+    assert float(weights[1]) == 1
+    assert float(0.9 * weights[0] + 0.1 * weights[2]) == pytest.approx(1)
+    assert float(weights[2] / weights[0]) == pytest.approx(9**exponent)
+    assert train.class_weights(Crops(), 3, 0.0) is None
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(scenes, tmp_path, capsys):
     assert train.main(["--data", str(scenes), "--out", str(tmp_path / "run"), *TINY, "accumulate=3"]) == 2
     assert "batch=2 must be a multiple of the 1 processes times accumulate=3" in capsys.readouterr().err
