@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.runs import Job, RunError, advance
+from model.arguments import minutes
 from model.files import replacing
 from model.recipe import Recipe, RecipeError, read_recipe
 
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="recipe file (TOML)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all runs")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="stop after so long")
+    parser.add_argument("--minutes", type=minutes, default=math.inf, metavar="N", help="stop after so long")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="instead of benchmarks/results/ablation-...")
     options = parser.parse_intermixed_args(arguments)
     until, words, console = time.monotonic() + 60 * options.minutes, tuple(options.options), Console()

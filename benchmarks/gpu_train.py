@@ -22,6 +22,7 @@ from rich.console import Console
 from benchmarks import ablation, reference_positions
 from benchmarks.runs import ROOT, Job, RunError, advance
 from benchmarks.split_weights import split
+from model.arguments import minutes
 from model.files import replacing
 
 RECIPES = ROOT / "model" / "recipes"
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of model.train, for every run")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with camvid/ and msrc21/")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=PIECE_MINUTES, metavar="N", help="default: %(default)s")
+    parser.add_argument("--minutes", type=minutes, default=PIECE_MINUTES, metavar="N", help="default: %(default)s")
     options = parser.parse_intermixed_args(arguments)
     until = time.monotonic() + 60 * options.minutes
     words, results = tuple(options.options), options.out / "results"
