@@ -146,10 +146,14 @@ def main(arguments: list[str] | None = None) -> int:
     until, words, console = time.monotonic() + 60 * options.minutes, tuple(options.options), Console()
     try:
         Recipe(**read_recipe(options.config, list(words)))
+        if "seed" in read_recipe(None, list(words)):
+            raise RunError("every run has a seed of its own, from 0 on; choose how many with --seeds")
         planned = jobs(options.data, options.config, options.seeds, words)
         about = describe(options.data, options.config, words, options.seeds)
         output = options.output or RESULTS / f"ablation-{about['data']}.json"
         options.out.mkdir(parents=True, exist_ok=True)
+        for job in planned.values():
+            job.check(options.out)
         for job in planned.values():
             if job.missing(options.out):
                 if not advance(job, options.out, until):

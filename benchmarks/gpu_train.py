@@ -24,6 +24,7 @@ from benchmarks.runs import ROOT, Job, RunError, advance
 from benchmarks.split_weights import split
 from model.arguments import minutes
 from model.files import replacing
+from model.recipe import RecipeError
 
 RECIPES = ROOT / "model" / "recipes"
 PIECE_MINUTES = 9.0
@@ -77,6 +78,8 @@ def piece(data: Path, out: Path, options: tuple[str, ...], until: float, console
     work = [(job, out) for job in best]
     work += [(job, out / f"ablation-{name}") for name, planned in ablations.items() for job in planned.values()]
     for job, folder in work:
+        job.check(folder)
+    for job, folder in work:
         if job.missing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if not advance(job, folder, until):
@@ -112,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.mkdir(exist_ok=True)
         with replacing(results / "runs.json") as file:
             file.write(json.dumps(document, indent=1).encode() + b"\n")
-    except (RunError, OSError) as error:
+    except (RunError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(left)} runs are not finished; the same command goes on" if left else f"all is in {results}")
