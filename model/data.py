@@ -92,11 +92,13 @@ def open_dataset(root: Path, split: str, layout: str = "") -> SegmentationData:
 
 
 def leave_out(data: SegmentationData, ids: Sequence[str]) -> SegmentationData:
-    """The same split without these pictures. Raises DataError for an ID that it does not have."""
+    """The same split without these pictures. Raises DataError for an ID that it does not have, or if none is left."""
     unknown = [identifier for identifier in ids if identifier not in data.ids]
     if unknown:
         raise DataError(f"{data.root}: the {data.split} split has no picture {', '.join(unknown)}")
     kept = [index for index, identifier in enumerate(data.ids) if identifier not in ids]
+    if not kept:
+        raise DataError(f"{data.root}: nothing is left of the {data.split} split without its {len(data)} pictures")
     return dataclasses.replace(
         data, ids=[data.ids[index] for index in kept], pairs=[data.pairs[index] for index in kept]
     )

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from model.arguments import positive_numbers
+from model.arguments import scales
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, library_versions, load_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, leave_out, open_dataset
 from model.encnet import EncNet
@@ -311,7 +311,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument(
         "--scales",
-        type=positive_numbers,
+        type=scales,
         default=(1.0,),
         metavar="S,S,...",
         help="sizes of the views relative to the base size, comma-separated (default: 1.0)",

@@ -203,7 +203,7 @@ def _checked(key: str, value: Any, kind: type) -> Any:
         value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not wanted:
         raise RecipeError(f"{key} must be {wanted.__name__}, got {value!r}")
-    if wanted is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{key} must be a finite number, got {value}")
     return value
 
