@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.runs import Job, RunError, advance
+from model.arguments import minutes
 from model.files import replacing
 from model.recipe import Recipe, RecipeError, read_recipe
 
@@ -139,16 +140,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="recipe file (TOML)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all runs")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="stop after so long")
+    parser.add_argument("--minutes", type=minutes, default=math.inf, metavar="N", help="stop after so long")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="instead of benchmarks/results/ablation-...")
     options = parser.parse_intermixed_args(arguments)
     until, words, console = time.monotonic() + 60 * options.minutes, tuple(options.options), Console()
     try:
         Recipe(**read_recipe(options.config, list(words)))
+        if "seed" in read_recipe(None, list(words)):
+            raise RunError("every run has a seed of its own, from 0 on; choose how many with --seeds")
         planned = jobs(options.data, options.config, options.seeds, words)
         about = describe(options.data, options.config, words, options.seeds)
         output = options.output or RESULTS / f"ablation-{about['data']}.json"
         options.out.mkdir(parents=True, exist_ok=True)
+        for job in planned.values():
+            job.check(options.out)
         for job in planned.values():
             if job.missing(options.out):
                 if not advance(job, options.out, until):

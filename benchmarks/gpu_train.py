@@ -22,7 +22,9 @@ from rich.console import Console
 from benchmarks import ablation, reference_positions
 from benchmarks.runs import ROOT, Job, RunError, advance
 from benchmarks.split_weights import split
+from model.arguments import minutes
 from model.files import replacing
+from model.recipe import RecipeError
 
 RECIPES = ROOT / "model" / "recipes"
 PIECE_MINUTES = 9.0
@@ -76,6 +78,8 @@ def piece(data: Path, out: Path, options: tuple[str, ...], until: float, console
     work = [(job, out) for job in best]
     work += [(job, out / f"ablation-{name}") for name, planned in ablations.items() for job in planned.values()]
     for job, folder in work:
+        job.check(folder)
+    for job, folder in work:
         if job.missing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if not advance(job, folder, until):
@@ -97,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of model.train, for every run")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with camvid/ and msrc21/")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=PIECE_MINUTES, metavar="N", help="default: %(default)s")
+    parser.add_argument("--minutes", type=minutes, default=PIECE_MINUTES, metavar="N", help="default: %(default)s")
     options = parser.parse_intermixed_args(arguments)
     until = time.monotonic() + 60 * options.minutes
     words, results = tuple(options.options), options.out / "results"
@@ -111,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.mkdir(exist_ok=True)
         with replacing(results / "runs.json") as file:
             file.write(json.dumps(document, indent=1).encode() + b"\n")
-    except (RunError, OSError) as error:
+    except (RunError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(left)} runs are not finished; the same command goes on" if left else f"all is in {results}")

@@ -25,6 +25,7 @@ from torch import Tensor
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
+from model.files import replacing
 from model.losses import presence_targets
 from model.metrics import confusion, mean_iou, pixel_accuracy
 from model.predict import predict
@@ -80,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--output", type=Path, default=RESULTS / "presence_suppression.json", metavar="FILE.json")
     options = parser.parse_args()
     try:
         checkpoint = load_checkpoint(options.checkpoint)
@@ -111,8 +113,9 @@ def main() -> None:
         },
         **found,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "presence_suppression.json").write_text(json.dumps(result, indent=1) + "\n")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.output) as file:
+        file.write(json.dumps(result, indent=1).encode() + b"\n")
     print(f"{'mIoU %':<28}{'val':>8}{'test':>8}")
     for rule in found["val"]:
         mark = "  chosen on val" if rule in best.values() else ""

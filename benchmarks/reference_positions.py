@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from model.arguments import positive_numbers
+from model.arguments import scales
 from model.checkpoint import CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, open_dataset
 from model.evaluate import EvaluationError, Options, choose_device, evaluate, totals
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("without_factor", type=Path, metavar="WITHOUT", help="checkpoint with reference_positions=0")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
-    parser.add_argument("--scales", type=positive_numbers, default=SCALES, metavar="S,S,...", help="default: 0.5 to 2")
+    parser.add_argument("--scales", type=scales, default=SCALES, metavar="S,S,...", help="default: 0.5 to 2")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="most pictures of one size to run together")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--output", type=Path, default=RESULTS / "reference-positions.json", metavar="FILE.json")

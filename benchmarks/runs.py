@@ -1,6 +1,8 @@
 """Training runs and their evaluations, worked off piece by piece: what is finished is not done again."""
 
+import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -10,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from model.recipe import Recipe, read_recipe
+from model.train import BOOKKEEPING
 
 ROOT = Path(__file__).parents[1]
 LEAST_SECONDS = 20  # with less left of a piece nothing new is begun
@@ -41,6 +46,26 @@ class Job:
         folder = root / self.name
         views = [view for view in self.views if not (folder / view / "evaluation.json").exists()]
         return views if (folder / "final.pt").exists() else ["training", *views]
+
+    def recipe(self) -> Recipe:
+        """What the run is trained by."""
+        return Recipe(**read_recipe(self.config, list(self.options)))
+
+    def check(self, root: Path) -> None:
+        """Raise RunError where the job's folder holds a run that was started with other options."""
+        folder = root / self.name
+        if not (folder / "last.pt").exists():
+            return
+        try:
+            document = torch.load(folder / "last.pt", map_location="cpu", weights_only=True, mmap=True)
+            stored = Recipe(**document["training"]["recipe"])
+        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise RunError(f"{folder}: last.pt holds no run that can be compared with {self.name}") from error
+        theirs, ours = dataclasses.asdict(stored), dataclasses.asdict(self.recipe())
+        differing = [key for key in ours if theirs[key] != ours[key] and key not in BOOKKEEPING]
+        if differing:
+            listed = ", ".join(f"{key}={theirs[key]} (now {ours[key]})" for key in differing)
+            raise RunError(f"{folder}: holds a run with {listed}; choose another --out")
 
     def totals(self, root: Path, view: str) -> dict[str, Any]:
         """The figures over all classes of a view that has been evaluated."""
@@ -76,6 +101,8 @@ def advance(job: Job, root: Path, until: float) -> bool:
         else:
             module = "model.evaluate"
             words = [str(folder / "final.pt"), "--data", data, "--output", str(folder / step), *job.views[step]]
+            if layout := job.recipe().layout:
+                words += ["--layout", layout]
         status = call(module, words, seconds + HANG_SECONDS)
         if status != 0:
             ended = "hung and was ended" if status is None else f"failed with exit status {status}"

@@ -28,6 +28,7 @@ from export.whole import whole_model
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, SegmentationData, open_dataset
 from model.evaluate import Options, evaluate
+from model.files import replacing
 from model.metrics import mean_iou, pixel_accuracy
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--split", default="test")
     parser.add_argument("--rounds", type=int, default=20, help="timings of each network (default 20)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "stride.json", metavar="FILE.json")
     options = parser.parse_args()
     try:
         checkpoint = load_checkpoint(options.checkpoint)
@@ -103,8 +105,9 @@ def main() -> None:
         },
         "time_ratio_8_over_16": round(medians[8] / medians[16], 2),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "stride.json").write_text(json.dumps(result, indent=2) + "\n")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.output) as file:
+        file.write(json.dumps(result, indent=2).encode() + b"\n")
     print(json.dumps(result, indent=2))
 
 

@@ -22,7 +22,7 @@ from export.core import core_model
 from export.errors import ExportError, ParityError
 from export.metadata import describe, properties
 from export.whole import whole_model
-from model.arguments import positive_numbers
+from model.arguments import scales
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, read_classes
 from model.files import replacing
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     carried.add_argument("--base-size", type=_pixels, metavar="N", help="long side of a picture at scale 1, in pixels")
     carried.add_argument(
         "--scales",
-        type=positive_numbers,
+        type=scales,
         metavar="S,S,...",
         help="default scales of the views, relative to the base size",
     )

@@ -139,13 +139,16 @@ def facts(whole: onnx.ModelProto, source: Path, name: str | None = None) -> Fact
             f"the model's name {name!r} cannot be that of a folder in a repository: letters, digits, '.', '_' and '-' "
             "can; choose one with --name"
         )
-    return Facts(
-        name,
-        tuple(json.loads(values["classes"])),
-        int(values["base_size"]),
-        tuple(json.loads(values["scales"])),
-        json.loads(values["flip"]),
-    )
+    try:
+        return Facts(
+            name,
+            tuple(json.loads(values["classes"])),
+            int(values["base_size"]),
+            tuple(json.loads(values["scales"])),
+            json.loads(values["flip"]),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise ExportError(f"{source}: its metadata is damaged: {error!r}") from error
 
 
 def compiled_kernel() -> Path:

@@ -3,13 +3,28 @@
 import argparse
 import math
 
+LEAST_SCALE, MOST_SCALE = 0.1, 8.0
 
-def positive_numbers(text: str) -> tuple[float, ...]:
-    """Positive numbers separated by commas; raises argparse.ArgumentTypeError for anything else."""
+
+def scales(text: str) -> tuple[float, ...]:
+    """Scales separated by commas; raises argparse.ArgumentTypeError for anything else."""
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if not numbers or not all(0 < number < math.inf for number in numbers):
-        raise argparse.ArgumentTypeError(f"expected positive numbers separated by commas, got {text!r}")
+    if not numbers or not all(LEAST_SCALE <= number <= MOST_SCALE for number in numbers):
+        raise argparse.ArgumentTypeError(
+            f"expected scales from {LEAST_SCALE:g} to {MOST_SCALE:g}, separated by commas, got {text!r}"
+        )
     return numbers
+
+
+def minutes(text: str) -> float:
+    """Minutes, 0 or more; raises argparse.ArgumentTypeError for anything else."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"expected minutes, 0 or more, got {text!r}")
+    return number

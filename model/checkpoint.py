@@ -4,6 +4,7 @@ Checkpoints in the formats of PyTorch-Encoding and mmsegmentation are read as we
 """
 
 import hashlib
+import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -145,7 +146,7 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
         raise ValueError(f"unknown format {found!r}; this version reads {FORMAT!r}")
     values = {key: value for key, value in document.items() if key != "format"}
     missing = [key for key in FIELD_TYPES if key not in values and key not in OPTIONAL]
-    left_over = sorted(key for key in values if key not in FIELD_TYPES)
+    left_over = sorted(str(key) for key in values if key not in FIELD_TYPES)
     wrong = [
         f"{key} (a {type(value).__name__})"
         for key, value in values.items()
@@ -162,19 +163,33 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
     classes = checkpoint.config.num_classes
     rules = (
         (len(checkpoint.classes) == classes, f"classes must be {classes} names, found {len(checkpoint.classes)}"),
+        (all(isinstance(name, str) for name in checkpoint.classes), "classes must be names, as text"),
         (is_palette(checkpoint.palette, classes), f"palette must be {classes} colours of three numbers in 0..255"),
         (checkpoint.base_size >= 1, f"base_size must be at least 1 pixel, found {checkpoint.base_size}"),
-        (len(checkpoint.mean) == 3, f"mean must be three numbers, found {len(checkpoint.mean)}"),
-        (len(checkpoint.std) == 3 and all(value > 0 for value in checkpoint.std), "std must be three positive numbers"),
-        (checkpoint.scales and all(scale > 0 for scale in checkpoint.scales), "scales must be positive numbers"),
+        (
+            len(checkpoint.mean) == 3 and all(map(_is_number, checkpoint.mean)),
+            f"mean must be three numbers, found {listing(map(str, checkpoint.mean))}",
+        ),
+        (len(checkpoint.std) == 3 and all(map(_is_positive, checkpoint.std)), "std must be three positive numbers"),
+        (checkpoint.scales and all(map(_is_positive, checkpoint.scales)), "scales must be positive numbers"),
     )
     broken = [message for holds, message in rules if not holds]
     if broken:
         raise ValueError("; ".join(broken))
     tensorless = [str(key) for key, value in checkpoint.weights.items() if not isinstance(value, Tensor)]
     _raise_for(("weights that are no tensors", tensorless))
+    sparse = [str(key) for key, value in checkpoint.weights.items() if value.layout != torch.strided]
+    _raise_for(("weights that are no dense tensors", sparse))
     check_weights(checkpoint.config, checkpoint.weights)
     return checkpoint
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
 
 
 def _foreign(document: Mapping[str, Any], name: str) -> Checkpoint:

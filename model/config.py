@@ -69,14 +69,21 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """The configuration stored in a checkpoint.
 
-        Raises ValueError for an unknown or a missing field, by name.
+        Raises ValueError for an unknown or a missing field and one of a wrong type, by name.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        known = {field.name: field.type for field in dataclasses.fields(cls)}
+        unknown = sorted(str(key) for key in values if key not in known)
         if unknown:
             raise ValueError(f"unknown model option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         if "num_classes" not in values:
             raise ValueError("the model configuration lacks num_classes")
+        wrong = [
+            f"{key} ({value!r})"
+            for key, value in values.items()
+            if type(value) is not known[key] and not (known[key] is float and type(value) is int)
+        ]
+        if wrong:
+            raise ValueError(f"model options of a wrong type: {', '.join(wrong)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

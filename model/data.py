@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
+from PIL import ImageOps
 
 from model.layouts import layout_of
-from model.layouts.split import DataError, LabelRule, read_classes, read_image
+from model.layouts.split import DataError, LabelRule, read_classes, read_image, to_rgb
+from model.losses import IGNORE
 
 __all__ = [
     "SPLITS",
@@ -52,12 +54,18 @@ class SegmentationData:
     def load(self, index: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Picture uint8 (H, W, 3) RGB and mask uint8 (H, W), values 0..C-1 and 255 = ignore.
 
+        A picture that its EXIF block turns by a quarter is turned where the label map has the turned size.
         Raises DataError when either file is missing, unreadable, of another size, or has labels out of range.
         """
         image_path, label_path = self.pairs[index]
-        image = read_image(image_path, "picture").convert("RGB")
+        stored = read_image(image_path, "picture")
         raw = self.read_label(label_path)
         height, width = raw.shape
+        try:
+            turned = (height, width) == stored.size != (width, height)
+            image = to_rgb(ImageOps.exif_transpose(stored) if turned else stored)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{image_path}: not a readable picture: {error}") from error
         if (width, height) != image.size:
             raise DataError(
                 f"{label_path}: a label map must have its picture's size, "
@@ -84,28 +92,38 @@ def open_dataset(root: Path, split: str, layout: str = "") -> SegmentationData:
 
 
 def leave_out(data: SegmentationData, ids: Sequence[str]) -> SegmentationData:
-    """The same split without these pictures. Raises DataError for an ID that it does not have."""
+    """The same split without these pictures. Raises DataError for an ID that it does not have, or if none is left."""
     unknown = [identifier for identifier in ids if identifier not in data.ids]
     if unknown:
         raise DataError(f"{data.root}: the {data.split} split has no picture {', '.join(unknown)}")
     kept = [index for index, identifier in enumerate(data.ids) if identifier not in ids]
+    if not kept:
+        raise DataError(f"{data.root}: nothing is left of the {data.split} split without its {len(data)} pictures")
     return dataclasses.replace(
         data, ids=[data.ids[index] for index in kept], pairs=[data.pairs[index] for index in kept]
     )
 
 
 def problems(data: SegmentationData) -> Iterator[str | None]:
-    """Read every pair; yields per pair, in order, None or the sentence saying which file breaks which rule."""
+    """Read every pair; yields per pair, in order, None or the sentence saying which file breaks which rule.
+
+    One more sentence follows where no label map has a pixel that counts.
+    """
+    blank = []
 
     def problem(index: int) -> str | None:
         try:
-            data.load(index)
+            _, mask = data.load(index)
         except DataError as error:
             return str(error)
+        if (mask == IGNORE).all():
+            blank.append(index)
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(problem, range(len(data)))
+    if len(blank) == len(data):
+        yield f"{data.root}: no label map of the {data.split} split has a pixel of a class; all are ignored"
 
 
 def repeats(splits: Sequence[SegmentationData]) -> list[str]:

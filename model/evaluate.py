@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from model.arguments import positive_numbers
+from model.arguments import scales
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, library_versions, load_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, leave_out, open_dataset
 from model.encnet import EncNet
@@ -311,7 +311,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument(
         "--scales",
-        type=positive_numbers,
+        type=scales,
         default=(1.0,),
         metavar="S,S,...",
         help="sizes of the views relative to the base size, comma-separated (default: 1.0)",
@@ -393,6 +393,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def print_differing_names(checkpoint: Checkpoint, names: Sequence[str], notes: Console) -> None:
+    """Say where a checkpoint of this project and a data set with as many classes name them differently."""
+    if checkpoint.source == FORMAT and len(checkpoint.classes) == len(names):
+        pairs = zip(checkpoint.classes, names, strict=True)
+        differing = [f"{ours} / {theirs}" for ours, theirs in pairs if ours != theirs]
+        if differing:
+            text = f"note: the checkpoint and the data set name classes differently: {listing(differing, 8)}"
+            notes.print(text, markup=False, emoji=False, soft_wrap=True)
+
+
 def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None:
     """Load, evaluate, write the two files, print the tables; `notes` takes progress and remarks."""
     if arguments.protocol == "whole" and (arguments.merge != "softmax" or arguments.crop is not None):
@@ -400,12 +410,7 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
     device = choose_device(arguments.device)
     checkpoint = load_checkpoint(arguments.checkpoint)
     data = leave_out(open_dataset(arguments.data, arguments.split, arguments.layout), arguments.without)
-    if checkpoint.source == FORMAT and len(checkpoint.classes) == len(data.classes):
-        pairs = zip(checkpoint.classes, data.classes, strict=True)
-        differing = [f"{ours} / {theirs}" for ours, theirs in pairs if ours != theirs]
-        if differing:
-            text = f"note: the checkpoint and the data set name classes differently: {listing(differing, 8)}"
-            notes.print(text, markup=False, soft_wrap=True)
+    print_differing_names(checkpoint, data.classes, notes)
     options = Options(
         arguments.split,
         arguments.scales,

@@ -17,6 +17,7 @@ from model.encnet import EncHead, EncNet, raise_channels
 from model.encoding import assignments
 from model.figures import BAR, FAINT, INK, TRACK, colourise
 from model.files import replacing
+from model.layouts.split import to_rgb
 from model.predict import normalise, predict, view_of
 from model.resnet import Stages
 
@@ -63,7 +64,7 @@ def read_picture(path: Path) -> numpy.ndarray:
         raise InspectError(f"{path}: no such picture")
     try:
         with Image.open(path) as image:
-            return numpy.array(ImageOps.exif_transpose(image).convert("RGB"))
+            return numpy.array(to_rgb(ImageOps.exif_transpose(image)))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InspectError(f"{path}: not a readable picture: {error}") from error
 

@@ -79,13 +79,20 @@ def labelled_weight(mask: Tensor, class_weights: Tensor | None) -> Tensor:
 def pixel_loss(
     logits: Tensor, mask: Tensor, class_weights: Tensor | None, weight: Tensor, label_smoothing: float
 ) -> Tensor:
-    """(Weighted) cross entropy in float32, summed over the pixels that are labelled and divided by `weight`."""
+    """(Weighted) cross entropy in float32, summed over the pixels that are labelled and divided by `weight`.
+
+    A smoothed pixel counts its own class's weight: torch weighs the spread share by class, which would train every
+    pixel towards the rarest one.
+    """
+    both = class_weights is not None and label_smoothing > 0
     total = F.cross_entropy(
         logits.float(),
         mask.long(),
-        class_weights,
+        None if both else class_weights,
         ignore_index=IGNORE,
-        reduction="sum",
+        reduction="none" if both else "sum",
         label_smoothing=label_smoothing,
     )
+    if class_weights is not None and both:
+        total = (total * class_weights[torch.where(mask == IGNORE, 0, mask).long()]).sum()
     return total / weight.clamp_min(torch.finfo(torch.float32).tiny)

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.fine_tuning import PARTS, part_names
+
+LEAST_CROP, MOST_CROP = 32, 16384  # pixels
 
 
 class RecipeError(ValueError):
@@ -97,10 +100,9 @@ class Recipe:
             ),
             (self.encoding or not self.presence_weight, "encoding=false needs presence_weight=0"),
             (0 < self.scale_min <= self.scale_max, "scales must satisfy 0 < scale_min <= scale_max"),
-            (0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}"),
             *(
                 (0 <= getattr(self, key) < 1, f"{key} must be in [0, 1), got {getattr(self, key)}")
-                for key in ("jitter", "white_balance", "label_smoothing")
+                for key in ("ema", "momentum", "jitter", "white_balance", "label_smoothing")
             ),
             (0 < self.layer_decay <= 1, f"layer_decay must be in (0, 1], got {self.layer_decay}"),
             (
@@ -114,7 +116,6 @@ class Recipe:
                     "epochs",
                     "batch",
                     "accumulate",
-                    "crop",
                     "base_size",
                     "log_every",
                     "save_every",
@@ -123,8 +124,24 @@ class Recipe:
             ),
             *(
                 (getattr(self, key) >= 0, f"{key} must not be negative, got {getattr(self, key)}")
-                for key in ("warmup", "clip", "workers", "weight_decay", "rotation", "gamma", "seed", "unfreeze_every")
+                for key in (
+                    "warmup",
+                    "clip",
+                    "workers",
+                    "weight_decay",
+                    "rotation",
+                    "gamma",
+                    "seed",
+                    "unfreeze_every",
+                    "head_rate",
+                    "power",
+                    "presence_weight",
+                    "auxiliary_weight",
+                    "class_balance",
+                )
             ),
+            (LEAST_CROP <= self.crop <= MOST_CROP, f"crop must be {LEAST_CROP} to {MOST_CROP} pixels, got {self.crop}"),
+            (self.seed < 2**63, f"seed must be less than 2^63, got {self.seed}"),
         )
         broken = [message for holds, message in rules if not holds]
         if broken:
@@ -156,6 +173,10 @@ def read_recipe(path: Path | None, words: list[str], kind: type = Recipe) -> dic
 
 def continued(kind: type, stored: dict[str, Any], given: dict[str, Any], bookkeeping: set[str]) -> Any:
     """The recipe of that kind a run was started with. Options given again must agree, but for those of bookkeeping."""
+    try:
+        stored = {key: _checked(key, value, kind) for key, value in stored.items()}
+    except RecipeError as error:
+        raise RecipeError(f"--resume: the run's recipe is damaged, or of another version: {error}") from error
     values = {field.name: field.default for field in dataclasses.fields(kind)} | stored
     differing = {key for key, value in given.items() if values[key] != value} - bookkeeping
     if differing:
@@ -179,9 +200,11 @@ def _checked(key: str, value: Any, kind: type) -> Any:
         raise RecipeError(f"unknown option {key!r}; known: {', '.join(fields)}")
     wanted = type(fields[key].default)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not wanted:
         raise RecipeError(f"{key} must be {wanted.__name__}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{key} must be a finite number, got {value}")
     return value
 
 

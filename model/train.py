@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import hashlib
 import math
 import os
 import sys
@@ -31,6 +32,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from model import evaluate as evaluation
 from model import sync_batchnorm
+from model.arguments import minutes
 from model.augment import Augmentation, StepSampler
 from model.backbone_weights import BackboneWeights, read_backbone_weights
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
@@ -52,6 +54,7 @@ from model.recipe import Recipe, RecipeError, continued, options_table, read_rec
 BOOKKEEPING = {"cache", "workers", "log_every", "save_every", "evaluate_every"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE_PICTURES = 4
+STATE = ("recipe", "model", "optimizer", "scaler", "random", "best")  # what --resume needs of a training state
 
 
 def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
@@ -74,13 +77,19 @@ def make_optimizer(model: EncNet, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def class_weights(crops: TrainingCrops, num_classes: int, exponent: float) -> Tensor | None:
-    """(C,) float: (1 / pixel frequency)^exponent, scaled so that the mean over pixels is 1; None for exponent 0."""
+    """(C,) float: (1 / pixel frequency)^exponent, scaled so that the mean over pixels is 1; None for exponent 0.
+
+    A class without a pixel weighs 1.
+    """
     if not exponent:
         return None
-    counts = crops.label_counts(num_classes).clamp_min(1).double()
-    frequency = counts / counts.sum()
-    weights = frequency**-exponent
-    return (weights / (weights * frequency).sum()).float()
+    counts = crops.label_counts(num_classes).double()
+    present = counts > 0
+    frequency = counts[present] / counts.sum()
+    weights = torch.ones_like(counts)
+    weights[present] = frequency**-exponent
+    weights[present] /= (weights[present] * frequency).sum()
+    return weights.float()
 
 
 @torch.no_grad()
@@ -150,6 +159,7 @@ class Run:
             raise RecipeError(f"batch={recipe.batch} is more than the {len(train)} pictures of the train split")
         self.steps = self.steps_per_epoch * recipe.epochs
         self.classes, self.palette = train.classes, train.palette
+        self.train_ids = hashlib.sha256("\n".join(train.ids).encode()).hexdigest()
 
         torch.manual_seed(recipe.seed)
         memory = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -212,8 +222,19 @@ class Run:
             "best": self.best,
             "curves": self.curves,
             "group": group_id(),
+            "train_ids": self.train_ids,
         }
         save_checkpoint(self.out / "last.pt", self.checkpoint(training))
+
+    def check_finite(self, losses: Losses) -> None:
+        """Raise RecipeError where the last step's loss or a weight is NaN or infinite; waits for a GPU."""
+        loss = losses.total.item()
+        weights = [value for value in self.network.state_dict().values() if value.is_floating_point()]
+        advice = "lower learning_rate, raise warmup or set clip"
+        if not math.isfinite(loss):
+            raise RecipeError(f"the loss is {loss} at step {self.step}: {advice}")
+        if not torch.stack([value.isfinite().all() for value in weights]).all():
+            raise RecipeError(f"weights are NaN or infinite at step {self.step}: {advice}")
 
     def start_from(self, checkpoint: Checkpoint) -> None:
         """Take another run's weights instead of random ones. Raises RecipeError where they are for another network."""
@@ -221,6 +242,8 @@ class Run:
         differing = [f"{key}={theirs[key]} (here {ours[key]})" for key in ours if theirs[key] != ours[key]]
         if differing:
             raise RecipeError(f"--initial holds another network: {', '.join(differing)}")
+        if self.rank == 0:
+            evaluation.print_differing_names(checkpoint, self.classes, self.console)
         self.network.load_state_dict(checkpoint.weights)
         self.average.load_state_dict(checkpoint.weights)
 
@@ -233,21 +256,38 @@ class Run:
             self.console.print(f"the backbone starts from weights of a {found.backbone}{left_out}", highlight=False)
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where another process stopped.
+
+        Raises DataError for another data set than the run was started with, RecipeError for another number of
+        processes, and CheckpointError for a state that does not fit the run.
+        """
         training = checkpoint.training
-        if training is None:
-            raise CheckpointError(f"{self.out / 'last.pt'}: holds weights only, nothing to resume from")
-        self.network.load_state_dict(training["model"])
-        if self.recipe.ema:
-            self.average.load_state_dict(checkpoint.weights)
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.scaler.load_state_dict(training["scaler"])
-        self.step, self.best = checkpoint.step, training["best"]
-        self.curves = training.get("curves", self.curves)
+        assert training is not None
+        if checkpoint.classes != self.classes:
+            raise DataError(
+                f"--resume: the run was started with the classes {listing(checkpoint.classes, 8)}, "
+                f"the data set has {listing(self.classes, 8)}"
+            )
+        if training.get("train_ids", self.train_ids) != self.train_ids:
+            raise DataError("--resume: the run was started with other pictures, or another order, in the train split")
         if len(training["random"]) != self.processes:
             raise RecipeError(
                 f"this run was started with {len(training['random'])} processes; "
                 f"resume it with as many, not with {self.processes}"
             )
+        try:
+            self.network.load_state_dict(training["model"])
+            if self.recipe.ema:
+                self.average.load_state_dict(checkpoint.weights)
+            self.optimizer.load_state_dict(training["optimizer"])
+            self.scaler.load_state_dict(training["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"{self.out / 'last.pt'}: its training state does not fit the run: {reason}"
+            ) from error
+        self.step, self.best = checkpoint.step, training["best"]
+        self.curves = training.get("curves", self.curves)
         cpu, *cuda = training["random"][self.rank]
         torch.set_rng_state(cpu)
         for state in cuda:
@@ -362,11 +402,7 @@ def train(run: Run, until: float = math.inf) -> bool:
                 rate = (run.step - since_step) * recipe.batch / (time.monotonic() - since)
                 since, since_step = time.monotonic(), run.step
                 values = dict(zip(losses._fields, torch.stack(losses).tolist(), strict=True))
-                if not math.isfinite(values["total"]):
-                    raise RecipeError(
-                        f"the loss is {values['total']} at step {run.step}: "
-                        "lower learning_rate, raise warmup or set clip"
-                    )
+                run.check_finite(losses)
                 progress.update(bar, completed=run.step, epoch=epoch, loss=values["total"], rate=rate)
                 if not run.console.is_terminal:
                     run.console.print(
@@ -383,6 +419,7 @@ def train(run: Run, until: float = math.inf) -> bool:
             at_epoch_end = run.step % run.steps_per_epoch == 0
             if at_epoch_end and (epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs) and first:
                 assert writer is not None
+                run.check_finite(losses)
                 result = validate(run)
                 miou, accuracy = mean_iou(result.counts), pixel_accuracy(result.counts)
                 run.console.print(
@@ -402,6 +439,7 @@ def train(run: Run, until: float = math.inf) -> bool:
                 since, since_step = time.monotonic(), run.step
             stopping = run.step < run.steps and run.step % recipe.log_every == 0 and is_over(run, until)
             if run.step % recipe.save_every == 0 or run.step == run.steps or stopping:
+                run.check_finite(losses)
                 run.save()
             if stopping:
                 break
@@ -473,22 +511,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it was saved")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, metavar="N", help="save and stop after so long; --resume goes on"
+        "--minutes", type=minutes, default=math.inf, metavar="N", help="save and stop after so long; --resume goes on"
     )
     parser.add_argument("--check-data", action="store_true", help="only check the data set, then stop")
     return parser.parse_intermixed_args(arguments)
 
 
-def stored_recipe(checkpoint: Checkpoint, given: dict[str, Any]) -> Recipe:
+def stored_recipe(last: Path, checkpoint: Checkpoint, given: dict[str, Any]) -> Recipe:
     """The recipe a run was started with. Options given again must agree, but for bookkeeping."""
-    return continued(Recipe, (checkpoint.training or {}).get("recipe", {}), given, BOOKKEEPING)
+    if checkpoint.training is None:
+        raise CheckpointError(f"{last}: holds weights only, nothing to resume from")
+    missing = [key for key in STATE if key not in checkpoint.training]
+    if missing:
+        raise CheckpointError(f"{last}: its training state lacks {', '.join(missing)}, so nothing can resume from it")
+    return continued(Recipe, checkpoint.training["recipe"], given, BOOKKEEPING)
 
 
 def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     options = parse(arguments)
-    console = Console(soft_wrap=True)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
     run: Run | None = None
     try:
         given = read_recipe(options.config, options.options)
@@ -510,7 +553,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise RecipeError(f"{other} brings a backbone of its own, and --backbone-weights another; give one of them")
         saved = load_checkpoint(last) if options.resume else None
         initial = load_checkpoint(options.initial) if options.initial else None
-        recipe = stored_recipe(saved, given) if saved else Recipe(**given)
+        recipe = stored_recipe(last, saved, given) if saved else Recipe(**given)
         if (recipe.freeze or recipe.unfreeze_every) and not (saved or initial or options.backbone_weights):
             raise RecipeError(
                 "freeze and unfreeze_every would keep random weights; give --backbone-weights or --initial"

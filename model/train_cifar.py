@@ -223,7 +223,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """0, or 2 after a sentence on standard error for a mistake in options, checkpoint or data."""
     options = parse(arguments)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     try:
         given = read_recipe(options.config, options.options, CifarRecipe)
         last = options.out / "last.pt"

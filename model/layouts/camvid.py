@@ -10,6 +10,8 @@ from model.layouts.split import (
     identity,
     listed_folders,
     read_colour,
+    read_text,
+    repeated,
 )
 from model.losses import IGNORE
 
@@ -86,7 +88,7 @@ def list_segnet_split(root: Path, split: str) -> Split:
     if not listing.is_file():
         raise DataError(f'{listing}: no such split file ("picture label" per line)')
     pairs = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(listing).splitlines(), start=1):
         fields = line.split()
         if not fields:
             continue
@@ -96,6 +98,8 @@ def list_segnet_split(root: Path, split: str) -> Split:
         pairs.append((picture, label))
     if not pairs:
         raise DataError(f"{listing}: the split is empty")
+    if twice := repeated(str(picture) for picture, _ in pairs):
+        raise DataError(f"{listing}: a split has every picture once, found {', '.join(twice)} more than once")
     return Split(NAMES, PALETTE, [picture.stem for picture, _ in pairs], pairs, SEGNET_RULE)
 
 

@@ -25,6 +25,7 @@ from model.layouts.split import (
     read_classes,
     read_grey,
     read_ids,
+    read_text,
     require,
 )
 from model.losses import IGNORE
@@ -83,7 +84,7 @@ def list_split(root: Path, split: str) -> Split:
 def original_rule(path: Path, names: list[str]) -> LabelRule:
     """The rule of lines such as "1: aeroplane". Raises DataError unless they name the 59 classes."""
     classes = {0: IGNORE}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         number, _, name = (part.strip() for part in line.partition(":"))
         name = OTHER_NAMES.get(name, name)
         if number.isdecimal() and name in names:

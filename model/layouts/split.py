@@ -1,6 +1,7 @@
 """What every layout yields: one split of a data set, its files and what its raw labels mean."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,14 @@ class LabelRule:
         return targets[positions]
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark. Raises DataError where it is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable as UTF-8 text: {error}") from error
+
+
 def read_image(path: Path, kind: str) -> Image.Image:
     """The decoded file. Raises DataError where there is none, or it is damaged or of no known format."""
     if not path.is_file():
@@ -51,6 +60,22 @@ def read_image(path: Path, kind: str) -> Image.Image:
             return image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path}: not a readable {kind}: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture as the service reads it: 16 bits scaled to 8, what shines through composited on white.
+
+    Raises ValueError for 32-bit integers and floats: nothing in the file says which value is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        wide = numpy.asarray(image).astype(numpy.uint32)
+        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(numpy.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pictures with pixel mode {image.mode} are not supported; save it with 8 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
 
 
 def read_grey(path: Path) -> numpy.ndarray:
@@ -99,31 +124,41 @@ class Layout:
 def read_classes(path: Path) -> tuple[list[str], list[list[int]]]:
     """Names and colours from a classes.json: {"classes": [{"id": 0, "name": "sky", "color": [128, 128, 128]}, ...]}.
 
-    Raises DataError when it is not such a file or the ids are not 0..C-1.
+    Raises DataError when it is not such a file, the ids are not 0..C-1 or two classes have one name.
     """
+    text = read_text(path)
     try:
-        entries = sorted(json.loads(path.read_text(encoding="utf-8"))["classes"], key=lambda entry: entry["id"])
+        entries = sorted(json.loads(text)["classes"], key=lambda entry: entry["id"])
         names = [str(entry["name"]) for entry in entries]
         palette = [[int(value) for value in entry["color"]] for entry in entries]
         ids = [entry["id"] for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{path}: expected {{"classes": [{{"id", "name", "color"}}, ...]}}: {error!r}') from error
-    if ids != list(range(len(ids))) or not ids:
+    if ids != list(range(len(ids))) or not ids or any(type(number) is not int for number in ids):
         raise DataError(f"{path}: class ids must be 0, 1, 2, ... without gaps, found {ids[:20]}")
     if len(ids) > IGNORE:
         raise DataError(f"{path}: at most {IGNORE} classes fit a label map whose 255 means ignore, found {len(ids)}")
+    if twice := repeated(names):
+        raise DataError(f"{path}: every class needs a name of its own, found {', '.join(twice)} more than once")
     if any(len(colour) != 3 or not all(0 <= value <= 255 for value in colour) for colour in palette):
         raise DataError(f"{path}: a color must be three numbers in 0..255")
     return names, palette
 
 
+def repeated(items: Iterable[str]) -> list[str]:
+    """The items that occur more than once, 8 at most."""
+    return [item for item, count in Counter(items).items() if count > 1][:8]
+
+
 def read_ids(path: Path) -> list[str]:
-    """Picture IDs, one a line; what follows a blank is left out. The list must exist and have at least one."""
+    """Picture IDs, one a line; what follows a blank is left out. The list must exist, have one, and none twice."""
     if not path.is_file():
         raise DataError(f"{path}: no such split file (one picture ID per line)")
-    ids = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    ids = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
     if not ids:
         raise DataError(f"{path}: the split is empty")
+    if twice := repeated(ids):
+        raise DataError(f"{path}: a split has every picture once, found {', '.join(twice)} more than once")
     return ids
 
 

@@ -359,6 +359,9 @@ def test_what_cannot_be_put_into_a_repository(
     model = tiny_model()
     onnx.helper.set_model_props(model, {**METADATA, "name": "street/scenes"})
     onnx.save(model, named)
+    unsaid = tmp_path / "unsaid.onnx"
+    onnx.helper.set_model_props(model, {**METADATA, "classes": "road, sky"})
+    onnx.save(model, unsaid)
     for source, part in (
         (made, "comes from such a repository already"),
         (core, "holds the network alone"),
@@ -367,6 +370,7 @@ def test_what_cannot_be_put_into_a_repository(
         (damaged, "is no ONNX file"),
         (tmp_path / "missing.onnx", "missing.onnx"),
         (named, "--name"),
+        (unsaid, "its metadata is damaged"),
     ):
         assert part in refused(capsys, tmp_path, source, "--triton-repository", models)
 

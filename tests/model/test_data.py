@@ -95,12 +95,63 @@ def test_a_colour_label_map(tmp_path):
         ("classes.json", '{"classes": [{"id": 0, "name": "a", "color": [0, 0, 999]}]}', "three numbers in 0..255"),
         ("classes.json", "not json", "expected"),
         ("splits/train.txt", "", "the split is empty"),
+        ("splits/train.txt", "a\nb\na\n", "a split has every picture once, found a more than once"),
+        (
+            "classes.json",
+            '{"classes": [{"id": 0, "name": "a", "color": [0, 0, 0]}, {"id": 1, "name": "a", "color": [9, 0, 0]}]}',
+            "every class needs a name of its own, found a more than once",
+        ),
+        ("classes.json", '{"classes": [{"id": 0.0, "name": "a", "color": [0, 0, 0]}]}', r"found \[0\.0\]"),
+        ("classes.json", '{"classes": [{"id": false, "name": "a", "color": [0, 0, 0]}]}', r"found \[False\]"),
     ],
 )
 def test_broken_lists(tmp_path, name, content, words):
     (write_folder(tmp_path) / name).write_text(content)
     with pytest.raises(DataError, match=words):
         open_dataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["classes.json", "splits/train.txt"])
+def test_lists_are_utf_8_with_or_without_a_mark(tmp_path, name):
+    path = write_folder(tmp_path) / name
+    content = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert open_dataset(tmp_path, "train").ids == ["a", "b"]
+    path.write_bytes(content + "ü".encode("latin-1"))
+    with pytest.raises(DataError, match=f"{name}: not readable as UTF-8 text"):
+        open_dataset(tmp_path, "train")
+
+
+def test_a_split_in_which_nothing_is_labelled(tmp_path):
+    write_folder(tmp_path)
+    for identifier in ("a", "b"):
+        Image.new("L", (8, 6), 255).save(tmp_path / "labels" / f"{identifier}.png")
+    assert "no label map of the train split has a pixel of a class" in only_problem(tmp_path)
+
+
+def test_pictures_are_read_as_the_service_reads_them(tmp_path):
+    path = write_folder(tmp_path) / "images" / "a.png"
+    wide = numpy.linspace(0, 65535, 48).round().astype(numpy.uint16).reshape(6, 8)
+    Image.fromarray(wide).save(path)
+    grey = open_dataset(tmp_path, "train").load(0)[0]
+    assert grey.shape == (6, 8, 3) and numpy.array_equal(grey[..., 0], (wide / 257).round())
+    Image.new("RGBA", (8, 6), (200, 0, 0, 0)).save(path)
+    assert (open_dataset(tmp_path, "train").load(0)[0] == 255).all()
+    Image.new("F", (8, 6)).save(path, "TIFF")
+    assert "images/a.png: not a readable picture: pictures with pixel mode F are not supported" in only_problem(
+        tmp_path
+    )
+
+
+def test_a_turned_picture_has_the_orientation_of_its_labels(tmp_path):
+    path = write_folder(tmp_path) / "images" / "a.png"
+    pixels = numpy.arange(6 * 8 * 3, dtype=numpy.uint8).reshape(6, 8, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(path, exif=exif)
+    assert numpy.array_equal(open_dataset(tmp_path, "train").load(0)[0], pixels)
+    Image.fromarray(numpy.rot90(pixels)).save(path, exif=exif)
+    assert numpy.array_equal(open_dataset(tmp_path, "train").load(0)[0], pixels)
 
 
 def test_what_is_no_data_set(tmp_path):

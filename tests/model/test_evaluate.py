@@ -169,6 +169,8 @@ def test_pictures_left_out_do_not_count(checkpoint, data, tmp_path, capsys):
     assert document["totals"]["pixel_accuracy"] == 1 and document["options"]["without"] == ["p1", "p2"]
     assert run(checkpoint, "--data", data, "--without", "p1,p7") == 2
     assert "the test split has no picture p7" in capsys.readouterr().err
+    assert run(checkpoint, "--data", data, "--without", "p0,p1,p2") == 2
+    assert "nothing is left of the test split without its 3 pictures" in capsys.readouterr().err
 
 
 def test_classes_named_differently_are_remarked(tmp_path, data, capsys):
@@ -207,7 +209,16 @@ def test_a_checkpoint_with_other_classes(tmp_path, data, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [("--scales", "1,x"), ("--scales", "0"), ("--scales", ""), ("--crop", "3"), ("--limit", "0")]
+    "options",
+    [
+        ("--scales", "1,x"),
+        ("--scales", "0"),
+        ("--scales", "1,1e9"),
+        ("--scales", "nan"),
+        ("--scales", ""),
+        ("--crop", "3"),
+        ("--limit", "0"),
+    ],
 )
 def test_options_that_make_no_sense(checkpoint, data, options, capsys):
     with pytest.raises(SystemExit) as stop:

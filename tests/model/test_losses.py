@@ -49,6 +49,19 @@ def test_label_smoothing_is_that_of_cross_entropy():
         assert found == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_smoothed_pixel_counts_the_weight_of_its_own_class():
+    logits, mask, presence = batch()
+    mask[mask == 3] = 0
+    weights = torch.tensor([0.5, 1.0, 2.0, 1e6])
+    losses = encnet_loss(Outputs(logits, presence), mask, class_weights=weights, label_smoothing=0.1)
+    labelled = mask != 255
+    own = weights[mask[labelled]]
+    log_probabilities = logits.movedim(1, -1)[labelled].log_softmax(1)
+    true = log_probabilities.gather(1, mask[labelled][:, None])[:, 0]
+    expected = (own * -(0.9 * true + 0.1 * log_probabilities.mean(1))).sum() / own.sum()
+    assert losses.pixel == pytest.approx(float(expected), rel=1e-5), "class 3, which no pixel has, does not count"
+
+
 def test_ignored_pixels_have_no_gradient():
     logits, mask, presence = batch()
     logits.requires_grad_()

@@ -49,10 +49,10 @@ def test_the_command_writes_its_result(tmp_path, monkeypatch, capsys, calibratio
     checkpoint = Checkpoint(config, weights, ["a", "b", "c"], [[1, 2, 3]] * 3, base_size=48, calibration=calibration)
     save_checkpoint(tmp_path / "net.pt", checkpoint)
     data = write_scenes(tmp_path / "data")
-    monkeypatch.setattr(presence_suppression, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "net.pt"), "--data", str(data)])
+    output = tmp_path / "results" / "found.json"
+    monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "net.pt"), "--data", str(data), "--output", str(output)])
     presence_suppression.main()
-    result = json.loads((tmp_path / "results" / "presence_suppression.json").read_text())
+    result = json.loads(output.read_text())
     kinds = {rule.split(", ")[1] for rule in result["val"] if ", " in rule}
     assert kinds == ({"as trained", "calibrated"} if calibration else {"as trained"})
     assert result["test"]["oracle"] == result["test"]["none"], "every picture has every class"

@@ -91,6 +91,20 @@ def test_the_ablation_runs_every_variant_with_every_seed_once(data, tmp_path, ca
     assert recipes[0] == recipes[1] == recipes[2], "all else is equal"
 
 
+def test_the_ablation_keeps_runs_of_other_options_apart(data, tmp_path, called, capsys):
+    config = gpu_train.RECIPES / "ablation-msrc21.toml"
+    options = ["--data", str(data / "msrc21"), "--config", str(config), "--out", str(tmp_path / "runs")]
+    options += ["--output", str(tmp_path / "ablation.json"), "--seeds", "1", *TINY]
+    assert ablation.main([*options, "layout=folder"]) == 0
+    evaluations = [words for module, words in called if module == "model.evaluate"]
+    assert [words[-2:] for words in evaluations] == [["--layout", "folder"]] * 3
+    assert ablation.main([*options, "layout=folder", "learning_rate=0.5"]) == 2
+    assert "fcn-0: holds a run with learning_rate=" in capsys.readouterr().err
+    assert ablation.main([*options, "layout=folder", "seed=3"]) == 2
+    assert "every run has a seed of its own" in capsys.readouterr().err
+    assert len(called) == 6
+
+
 def test_deltas_pair_runs_of_one_seed():
     values = {"FCN": (0.5, 0.6), "+ Encoding": (0.55, 0.67), "+ Encoding + SE-loss": (0.56,)}
     rows = [

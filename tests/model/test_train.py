@@ -220,6 +220,19 @@ def test_a_step_in_parts_has_the_gradients_of_the_parts_together():
             torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("exponent", [0.3, 1.0])
+def test_class_weights_balance_the_classes_that_occur(exponent):
+    class Crops:
+        def label_counts(self, classes):
+            return torch.tensor([900, 0, 100])
+
+    weights = train.class_weights(Crops(), 3, exponent)
+    assert float(weights[1]) == 1
+    assert float(0.9 * weights[0] + 0.1 * weights[2]) == pytest.approx(1)
+    assert float(weights[2] / weights[0]) == pytest.approx(9**exponent)
+    assert train.class_weights(Crops(), 3, 0.0) is None
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(scenes, tmp_path, capsys):
     assert train.main(["--data", str(scenes), "--out", str(tmp_path / "run"), *TINY, "accumulate=3"]) == 2
     assert "batch=2 must be a multiple of the 1 processes times accumulate=3" in capsys.readouterr().err
@@ -254,6 +267,27 @@ def test_it_learns_and_its_checkpoint_is_complete(scenes, tmp_path, capsys):
     losses = [float(line.split("loss ")[1].split()[0]) for line in printed.splitlines() if " loss " in line]
     assert sum(losses[-6:]) < 0.75 * sum(losses[:6])
     assert list((out / "events").iterdir()) and (out / "best.pt").exists()
+
+
+def test_a_run_that_diverged_is_not_saved(scenes, tmp_path, capsys):
+    options = [*TINY, "optimizer=sgd", "learning_rate=1e30", "log_every=1000"]
+    assert train.main(["--data", str(scenes), "--out", str(tmp_path / "run"), *options]) == 2
+    assert "at step 3: lower learning_rate, raise warmup or set clip" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+@pytest.mark.parametrize("minutes", ["nan", "-1", "soon"])
+def test_minutes_that_are_none(scenes, capsys, minutes):
+    with pytest.raises(SystemExit):
+        train.main(["--data", str(scenes), f"--minutes={minutes}"])
+    assert f"expected minutes, 0 or more, got '{minutes}'" in capsys.readouterr().err
+
+
+def test_paths_are_printed_as_they_are(tmp_path, capsys):
+    assert train.main(["--data", str(tmp_path / "[red]a[/b]:car:"), "--out", str(tmp_path / "x")]) == 2
+    printed = capsys.readouterr()
+    assert "[red]a[/b]:car:: no such data folder" in printed.out
+    assert "[red]a[/b]:car:: training does not start" in printed.err
 
 
 def test_a_run_is_not_overwritten_and_resume_needs_one(scenes, tmp_path, capsys):
@@ -294,6 +328,57 @@ def test_resume_refuses_another_recipe(scenes, tmp_path, capsys):
     assert "it has epochs=1 (given 9)" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    assert train.main(["--data", str(scenes), "--out", str(out), *TINY, "epochs=1"]) == 0
+    return out
+
+
+def rename_classes(root, *names):
+    classes = [{"id": i, "name": name, "color": [9 * i, 0, 0]} for i, name in enumerate(names)]
+    (root / "classes.json").write_text(json.dumps({"classes": classes}))
+
+
+def test_resume_refuses_another_data_set(finished, tmp_path, capsys):
+    data = write_scenes(tmp_path / "data")
+    resume = ["--data", str(data), "--out", str(finished), "--resume"]
+    for names in (("band 0", "band 1", "sea"), ("band 0", "band 1", "band 2", "band 3")):
+        rename_classes(data, *names)
+        assert train.main(resume) == 2
+        assert "the run was started with the classes band 0, band 1, band 2, the data" in capsys.readouterr().err
+    write_scenes(data, pictures=5)
+    assert train.main(resume) == 2
+    assert "the run was started with other pictures" in capsys.readouterr().err
+
+
+def test_initial_weights_of_other_class_names_are_told(finished, tmp_path, capsys):
+    data = write_scenes(tmp_path / "data")
+    rename_classes(data, "band 0", "band 1", "sea")
+    given = ["--data", str(data), "--out", str(tmp_path / "run"), "--initial", str(finished / "final.pt")]
+    assert train.main([*given, *TINY, "epochs=1"]) == 0
+    assert "note: the checkpoint and the data set name classes differently: band 2 / sea" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda document: document.update(training=None), "holds weights only, nothing to resume from"),
+        (lambda document: document["training"].pop("optimizer"), "its training state lacks optimizer"),
+        (lambda document: document["training"]["recipe"].update(colour=1), "unknown option 'colour'"),
+        (lambda document: document["training"]["recipe"].update(epochs="1"), "epochs must be int, got '1'"),
+        (lambda document: document["training"].update(optimizer={}), "its training state does not fit the run"),
+        (lambda document: document["training"]["model"].popitem(), "its training state does not fit the run"),
+    ],
+)
+def test_a_run_that_cannot_be_resumed_says_why(scenes, finished, tmp_path, capsys, change, said):
+    document = torch.load(finished / "last.pt", weights_only=True)
+    change(document)
+    torch.save(document, tmp_path / "last.pt")
+    assert train.main(["--data", str(scenes), "--out", str(tmp_path), "--resume"]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_broken_data_stops_before_training(tmp_path, capsys):
     root = write_scenes(tmp_path / "data")
     (root / "labels" / "scene_1.png").unlink()
@@ -322,6 +407,17 @@ def test_check_data(tmp_path, capsys):
         (["epochs=0"], "epochs must be at least 1, got 0"),
         (["optimizer=lion"], "optimizer must be sgd or adamw"),
         (["lateral=1"], "lateral must be bool, got 1"),
+        (["head_rate=-1"], "head_rate must not be negative, got -1"),
+        (["presence_weight=-1"], "presence_weight must not be negative"),
+        (["auxiliary_weight=-1"], "auxiliary_weight must not be negative"),
+        (["class_balance=-1"], "class_balance must not be negative"),
+        (["power=-1"], "power must not be negative"),
+        (["momentum=-0.5"], r"momentum must be in \[0, 1\), got -0.5"),
+        (["seed=99999999999999999999"], r"seed must be less than 2\^63"),
+        (["rotation=1e999"], "rotation must be a finite number, got inf"),
+        (["learning_rate=1" + 400 * "0"], "learning_rate must be a finite number, got inf"),
+        (["crop=4"], "crop must be 32 to 16384 pixels, got 4"),
+        (["crop=1000000"], "crop must be 32 to 16384 pixels"),
     ],
 )
 def test_wrong_options_are_named(words, message):
@@ -334,6 +430,9 @@ def test_words_win_over_the_recipe_file(tmp_path):
     path.write_text('epochs = 7\nlearning_rate = 1\noptimizer = "adamw"\n')
     recipe = Recipe(**read_recipe(path, ["epochs=9", "lateral=true"]))
     assert (recipe.epochs, recipe.learning_rate, recipe.optimizer, recipe.lateral) == (9, 1.0, "adamw", True)
+    path.write_text("rotation = inf")
+    with pytest.raises(RecipeError, match="rotation must be a finite number"):
+        read_recipe(path, [])
     path.write_text("epochs = ")
     with pytest.raises(RecipeError, match="not a readable recipe"):
         read_recipe(path, [])
