@@ -241,7 +241,9 @@ struct Tile {
         const int valid_rows = CHANNELS_LAST ? count : task.channels, valid = CHANNELS_LAST ? task.channels : count;
         const int steps = columns / STEP, thread = int(threadIdx.x);
         const int64_t begin = image * memory.image_stride + tile * T * (CHANNELS_LAST ? memory.row_stride : 1);
-        if (!CHANNELS_LAST || THREADS % steps == 0) {  // each thread keeps to a column, and adds where others divide
+        bool keeps = true;  // each thread to a column: it adds where others divide
+        if constexpr (CHANNELS_LAST) keeps = THREADS % steps == 0;
+        if (keeps) {
             const int column = thread % steps * STEP, apart = THREADS / steps;
             const int here = valid - column < STEP ? valid - column : STEP;
             int row = thread / steps;
@@ -249,13 +251,13 @@ struct Tile {
             const int64_t stride = apart * memory.row_stride;
 #pragma unroll AT_ONCE
             for (; row < rows; row += apart, at += stride) move(row, column, at, row < valid_rows ? here : 0);
-            return;
-        }
+        } else {
 #pragma unroll 1
-        for (int index = thread; index < rows * steps; index += THREADS) {
-            const int row = index / steps, column = index % steps * STEP;
-            const int here = row < valid_rows ? valid - column : 0;
-            move(row, column, begin + row * memory.row_stride + column, here < STEP ? here : STEP);
+            for (int index = thread; index < rows * steps; index += THREADS) {
+                const int row = index / steps, column = index % steps * STEP;
+                const int here = row < valid_rows ? valid - column : 0;
+                move(row, column, begin + row * memory.row_stride + column, here < STEP ? here : STEP);
+            }
         }
     }
 
