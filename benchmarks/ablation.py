@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.runs import Job, RunError, advance
+from benchmarks.runs import ROOT, Job, RunError, advance
 from model.arguments import minutes
 from model.files import replacing
 from model.recipe import Recipe, RecipeError, read_recipe
@@ -122,9 +122,11 @@ def write(
 
 def describe(data: Path, config: Path, options: tuple[str, ...], seeds: int) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    recipe = config.resolve()
+    shown = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe.name
+    words = f"--data {data.name} --config {shown} --out runs/ablation --seeds {seeds}"
     return {
-        "command": f"python -m benchmarks.ablation --data {data.name} --config {config.name} --seeds {seeds} "
-        + " ".join(options),
+        "command": " ".join(["python -m benchmarks.ablation", words, *options]),
         "commit": commit,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "data": data.resolve().name,

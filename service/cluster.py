@@ -242,7 +242,6 @@ def connected(address: str | None, layout: Layout | None = None) -> Iterator[Non
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")  # its own 0.1 takes 3 % of a core, all the time
     _serve_log.setLevel(logging.ERROR)
     mine: dict[str, Any] = {"include_dashboard": False} if address is None else {}
-    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if address:
             _knock(address)

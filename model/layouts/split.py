@@ -69,7 +69,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         wide = numpy.asarray(image).astype(numpy.uint32)
-        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(numpy.uint8)).convert("RGB")
+        grey = (wide * 255 + 32767) // 65535
+        grey[wide == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey.astype(numpy.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"pictures with pixel mode {image.mode} are not supported; save it with 8 bits")
     if image.has_transparency_data:

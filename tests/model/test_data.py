@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from model.data import DataError, open_dataset, problems, read_classes
+from service.images import decode
 
 CLASSES = [{"id": 0, "name": "sky", "color": [0, 0, 255]}, {"id": 1, "name": "road", "color": [90, 90, 90]}]
 
@@ -137,6 +138,12 @@ def test_pictures_are_read_as_the_service_reads_them(tmp_path):
     assert grey.shape == (6, 8, 3) and numpy.array_equal(grey[..., 0], (wide / 257).round())
     Image.new("RGBA", (8, 6), (200, 0, 0, 0)).save(path)
     assert (open_dataset(tmp_path, "train").load(0)[0] == 255).all()
+    palette = Image.fromarray(numpy.arange(48, dtype=numpy.uint8).reshape(6, 8)).convert("P")
+    pictures = [(Image.fromarray(wide), int(wide[2, 3])), (palette, 7), (palette.convert("L"), 7), (palette, None)]
+    for picture, transparent in pictures:
+        picture.save(path, **({} if transparent is None else {"transparency": transparent}))
+        served = decode(path.read_bytes(), max_bytes=10**6, max_pixels=10**6).pixels
+        assert numpy.array_equal(open_dataset(tmp_path, "train").load(0)[0], served)
     Image.new("F", (8, 6)).save(path, "TIFF")
     assert "images/a.png: not a readable picture: pictures with pixel mode F are not supported" in only_problem(
         tmp_path

@@ -35,8 +35,11 @@ GREY = np.full((20, 30, 3), 128, np.uint8)
 class Gated(Engine):
     """An engine whose runs wait for a gate; warm-ups pass."""
 
-    gate: threading.Event
     runs = 0
+
+    def __init__(self, model: Path, gate: threading.Event) -> None:
+        super().__init__(model, "cpu", 1)
+        self.gate = gate
 
     def run(self, images: Any, plan: Any, options: Any = None) -> Any:
         if plan.scales == (1.0,):
@@ -52,18 +55,20 @@ def gate() -> Iterator[threading.Event]:
     event.set()
 
 
+def opening(gate: threading.Event) -> Callable[[Path, Settings], Engine]:
+    """What opens an engine for `Models`."""
+    return lambda path, settings: Gated(path, gate)
+
+
 @pytest.fixture
 def pipeline(settings: Settings, gate: threading.Event) -> Iterator[Callable[..., Pipeline]]:
     made = []
     workers = ThreadPoolExecutor(2)
 
     def make(**changes: Any) -> Pipeline:
-        def load() -> Engine:
-            engine = Gated(settings.model, "cpu", 1)
-            engine.gate = gate
-            return engine
-
-        made.append(Pipeline(load, settings.model_copy(update=changes), workers, workers))
+        made.append(
+            Pipeline(lambda: Gated(settings.model, gate), settings.model_copy(update=changes), workers, workers)
+        )
         made[-1].device.wait_until_started()
         return made[-1]
 
@@ -275,12 +280,10 @@ def test_a_request_of_several_pictures_tells_their_cost_and_time(client: TestCli
 def test_overload_over_http_is_429_with_retry_after(
     client_with: Callable[..., TestClient], gate: threading.Event
 ) -> None:
-    def open_engine(path: Path, settings: Settings) -> Engine:
-        engine = Gated(path, "cpu", 1)
-        engine.gate = gate
-        return engine
-
-    with client_with(open_engine, max_queue_pixels=5_000) as client, ThreadPoolExecutor(1) as pool:
+    with (
+        client_with(opening(gate), max_queue_pixels=5_000) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
         first = pool.submit(client.post, "/segment", content=encoded(GREY))
         until(lambda: 'encnet_queue_requests{model="tiny"} 1.0' in client.get("/metrics").text)
         refused = client.post("/segment", content=encoded(GREY))
@@ -315,13 +318,11 @@ def test_the_pictures_of_one_request_do_not_refuse_each_other(
 def test_the_pictures_of_one_request_are_refused_because_of_other_requests(
     client_with: Callable[..., TestClient], gate: threading.Event
 ) -> None:
-    def open_engine(path: Path, settings: Settings) -> Engine:
-        engine = Gated(path, "cpu", 1)
-        engine.gate = gate
-        return engine
-
     files = [("image", (name, encoded(GREY))) for name in ("a.png", "b.png")]
-    with client_with(open_engine, max_queue_pixels=5_000) as client, ThreadPoolExecutor(1) as pool:
+    with (
+        client_with(opening(gate), max_queue_pixels=5_000) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
         first = pool.submit(client.post, "/segment", content=encoded(GREY))
         until(lambda: 'encnet_queue_requests{model="tiny"} 1.0' in client.get("/metrics").text)
         items = client.post("/segment/batch", files=files).json()["items"]
@@ -333,28 +334,18 @@ def test_the_pictures_of_one_request_are_refused_because_of_other_requests(
 def test_a_picture_that_waits_for_others_of_its_request_keeps_its_deadline(
     client_with: Callable[..., TestClient], gate: threading.Event
 ) -> None:
-    def open_engine(path: Path, settings: Settings) -> Engine:
-        engine = Gated(path, "cpu", 1)
-        engine.gate = gate
-        return engine
-
     files = [("image", (name, encoded(GREY))) for name in ("a.png", "b.png")]
-    with client_with(open_engine, max_queue_pixels=5_000) as client:
+    with client_with(opening(gate), max_queue_pixels=5_000) as client:
         begun = time.monotonic()
         items = client.post("/segment/batch?timeout_ms=500", files=files).json()["items"]
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < WAIT
         assert [item["error"]["code"] for item in items] == ["deadline_passed"] * 2
 
 
 def test_a_client_that_leaves_is_counted_and_no_failure(
     settings: Settings, gate: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def open_engine(path: Path, settings: Settings) -> Engine:
-        engine = Gated(path, "cpu", 1)
-        engine.gate = gate
-        return engine
-
-    models = Models(settings, open_engine)
+    models = Models(settings, opening(gate))
     models.start()
     with serving(create_app(models=models)) as url:
 
