@@ -34,7 +34,7 @@ from benchmarks.server import RESULTS, Server, facts, serving
 from benchmarks.wire import Failure, Request, address, exchange, faults, form, request_bytes
 
 MEMORY_SHARE, MEMORY_BYTES = 0.10, 32 * 2**20
-WARM_UP = 500  # requests before memory counts
+WARM_UP = 2000  # requests before memory counts
 TIMEOUT_MS = 240_000  # of the server started here, where pictures of 16 megapixels wait for each other
 CHEAP = "scales=0.25"  # what is a picture after all is to cost little
 

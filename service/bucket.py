@@ -71,14 +71,22 @@ def find_in_buckets(urls: Sequence[str], recursive: bool) -> tuple[list[Found], 
         try:
             inside = list(_pictures_at(url, recursive))
         except (OSError, ValueError) as error:
-            errors.append(entry_error(url, "unreadable", f"the bucket cannot be read: {str(error).splitlines()[0]}"))
+            reason = str(error).splitlines()[0]
+            errors.append(entry_error(_without_keys(url), "unreadable", f"the bucket cannot be read: {reason}"))
             continue
         if not inside:
             hint = "" if recursive else "; --recursive looks in its subfolders too"
-            errors.append(entry_error(url, "no_pictures", f"there are no pictures in this folder{hint}"))
+            errors.append(entry_error(_without_keys(url), "no_pictures", f"there are no pictures in this folder{hint}"))
         for picture in inside:
             found.setdefault(str(picture.file), picture)
     return list(found.values()), errors
+
+
+def _without_keys(url: str) -> str:
+    """The URL for others to read: keys may stand in it before the bucket's name."""
+    scheme, _, rest = url.partition("://")
+    place, slash, path = rest.partition("/")
+    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
 
 
 def _pictures_at(url: str, recursive: bool) -> Iterator[Found]:

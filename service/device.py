@@ -179,6 +179,7 @@ class Device:
                 self._settled.set()
             while run := self._next_run():
                 self._run(engine, run, run.jobs)
+                del run  # and with it the pictures and their answers, before the wait for the next
         except BaseException as error:  # whatever ends the thread, those who wait must be told
             if self.engine is not None:  # before the first load has ended, whoever waits for it tells
                 _log.exception("the device thread died")

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,6 +164,7 @@ class Engine:
         )
         if device == "cuda" and self.device != "cuda":
             raise ModelError("CUDA was asked for, but ONNX Runtime could not start it on this machine; try device cpu")
+        self._mask_type = np.uint16 if len(self.metadata.classes) > 255 else np.uint8
         width = (threads or os.cpu_count() or 1) // lanes
         self.lanes = lanes if self.device == "cpu" and width else 1
         self._narrow = _open_session(model, execution_providers("cpu", 0), width) if self.lanes > 1 else self._session
@@ -265,8 +267,43 @@ class Engine:
         """Mask, presence and (if the plan asks) probabilities of each picture."""
         batch = images[0][None] if len(images) == 1 else np.stack(images)
         self._mind_memory(session, batch, options)
-        outputs = session.run(_OUTPUTS if plan.probabilities else _OUTPUTS[:2], _feeds(batch, plan), options)
+        outputs = self._infer(session, batch, plan, _OUTPUTS if plan.probabilities else _OUTPUTS[:2], options)
         return list(zip(*outputs, *([] if plan.probabilities else [[None] * len(images)]), strict=True))
+
+    def _infer(
+        self,
+        session: ort.InferenceSession,
+        batch: np.ndarray,
+        plan: Plan,
+        names: Sequence[str],
+        options: ort.RunOptions,
+    ) -> list[np.ndarray]:
+        """The named outputs for pictures uint8 (N, H, W, 3).
+
+        On a CPU they are written to memory of their own: the arena gives nothing back of a block in which one lies.
+        """
+        feeds = {
+            "image": batch,
+            "scales": np.asarray(plan.scales, np.float32),
+            "flip": np.asarray(plan.flip, np.bool_),
+        }
+        if self.device != "cpu":
+            return session.run(names, feeds, options)
+        count, height, width, _ = batch.shape
+        classes = len(self.metadata.classes)
+        shapes = {
+            "mask": (count, height, width),
+            "presence": (count, classes),
+            "probabilities": (count, classes, height, width),
+        }
+        outputs = [np.empty(shapes[name], self._mask_type if name == "mask" else np.float32) for name in names]
+        binding = session.io_binding()
+        for name, feed in feeds.items():
+            binding.bind_cpu_input(name, feed)
+        for name, output in zip(names, outputs, strict=True):
+            binding.bind_output(name, "cpu", 0, output.dtype, output.shape, output.ctypes.data)
+        session.run_with_iobinding(binding, options)
+        return outputs
 
     def _mind_memory(self, session: ort.InferenceSession, batch: np.ndarray, options: ort.RunOptions) -> None:
         """On a CPU, memory is kept only from one run to the next of the same shape, and not after a large one.
@@ -276,7 +313,12 @@ class Engine:
         """
         alike = self._shapes.get(session) == batch.shape
         self._shapes[session] = batch.shape
-        if self.device == "cpu" and not (alike and batch.size < 3 * _KEPT_PIXELS):
+        if not (alike and batch.size < 3 * _KEPT_PIXELS):
+            self._give_memory_back(options)
+
+    def _give_memory_back(self, options: ort.RunOptions) -> None:
+        """Have a run end with memory given back."""
+        if self.device == "cpu":
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def _windows(
@@ -289,15 +331,17 @@ class Engine:
         total = np.zeros((len(self.metadata.classes), height, width), np.float32)
         visits = np.zeros((height, width), np.float32)
         presence = np.zeros(len(self.metadata.classes), np.float32)
-        for top in window_starts(height, window, stride):
-            for left in window_starts(width, window, stride):
-                part = (slice(top, top + window), slice(left, left + window))
-                crop = np.ascontiguousarray(image[part])
-                scores, probabilities = session.run(_OUTPUTS[1:], _feeds(crop[None], plan), options)
-                total[:, *part] += probabilities[0]
-                visits[part] += 1
-                np.maximum(presence, scores[0], out=presence)
-        mask = total.argmax(0).astype(np.uint16 if len(presence) > 255 else np.uint8)
+        corners = list(product(window_starts(height, window, stride), window_starts(width, window, stride)))
+        for top, left in corners:
+            part = (slice(top, top + window), slice(left, left + window))
+            crop = np.ascontiguousarray(image[part])
+            if (top, left) == corners[-1]:
+                self._give_memory_back(options)
+            scores, probabilities = self._infer(session, crop[None], plan, _OUTPUTS[1:], options)
+            total[:, *part] += probabilities[0]
+            visits[part] += 1
+            np.maximum(presence, scores[0], out=presence)
+        mask = total.argmax(0).astype(self._mask_type)
         return mask, presence, total / visits if plan.probabilities else None
 
     def warm_up(self) -> None:
@@ -313,14 +357,6 @@ class Engine:
             self.segment(grey, scales=(0.25,), flip=False)
             if self.lanes > 1:
                 self.run_beside([grey], self.plan((0.25,), False))
-
-
-def _feeds(images: np.ndarray, plan: Plan) -> dict[str, np.ndarray]:
-    return {
-        "image": images,
-        "scales": np.asarray(plan.scales, np.float32),
-        "flip": np.asarray(plan.flip, np.bool_),
-    }
 
 
 def execution_providers(device: str, gpu_memory_limit: int) -> list[Any]:

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
 from PIL import Image
+from pyarrow.fs import FileSystem
 from ray_nodes import Nodes, kill, nodes
 from tiny_model import encoded
 
@@ -46,8 +48,24 @@ NUMBER = 6 * SHARD
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Nodes]:
-    with nodes(2) as started:
-        yield started
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "id")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        with nodes(2) as started:
+            yield started
+
+
+@pytest.fixture
+def bucket() -> Iterator[tuple[FileSystem, str]]:
+    """An empty bucket `photos` on a server that speaks S3, and what follows its URLs."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    query = f"?endpoint_override={host}:{port}&scheme=http&region=eu-west-1"
+    files, _ = FileSystem.from_uri(f"s3://photos{query}&allow_bucket_creation=true")
+    files.create_dir("photos")
+    yield files, query
+    server.stop()
 
 
 @pytest.fixture
@@ -155,6 +173,48 @@ def segment_twenty(photos: Path, output: Path, model: Path) -> tuple[list[str], 
         outcomes = list(batch_cluster.segment_pictures(batch.plan(found, kept), run, kept, Layout()))
     faults = {job.file.name: one.code for job, one in outcomes if isinstance(one, InputError)}
     return [job.source for job, _ in outcomes], faults
+
+
+def test_pictures_in_s3_are_segmented_once_and_again_when_they_change(
+    cluster: Nodes, bucket: tuple[FileSystem, str], photos: Path, model_file: Path, engine: Engine, tmp_path: Path
+) -> None:
+    files, query = bucket
+
+    def put(key: str, source: str) -> None:
+        with files.open_output_stream(f"photos/{key}") as stream:
+            stream.write((photos / source).read_bytes())
+
+    def segment(*more: str) -> tuple[int, str]:
+        images = (f"s3://photos/2026{query}", *more)
+        with start(cluster.address, model_file, *images, "--recursive", "--output", str(tmp_path / "out")) as process:
+            _, error = process.communicate(timeout=WAIT)
+        return process.returncode, error
+
+    def same(mask: str, source: str) -> bool:
+        pixels = np.asarray(Image.open(photos / source))
+        return np.array_equal(np.asarray(Image.open(tmp_path / "out" / mask)), engine.segment(pixels).mask)
+
+    for key, source in {"2026/a.png": "000.png", "2026/may/b.png": "001.png", "2026/may/cut.png": "cut.png"}.items():
+        put(key, source)
+    put("2025/old.png", "002.png")
+    code, error = segment(f"s3://key:hidden@nowhere{query}")
+    assert code == 1
+    assert "s3://photos/2026/may/cut.png: the PNG file is cut short" in error
+    assert f"s3://nowhere{query}: the bucket cannot be read" in error
+    assert "hidden" not in error + (tmp_path / "out" / batch.DOCUMENT).read_text()
+    assert "2 of 4 inputs failed" in error
+    assert same("a.mask.png", "000.png")
+    assert same("may/b.mask.png", "001.png")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.mask.png")) == ["a.mask.png", "b.mask.png"]
+
+    put("2026/may/b.png", "003.png")
+    put("2026/may/cut.png", "004.png")
+    code, error = segment()
+    assert code == 0, error
+    assert "1 of 3 pictures were done before" in error
+    assert same("may/b.mask.png", "003.png")
+    assert same("may/cut.mask.png", "004.png")
+    assert set(record(tmp_path / "out")) == {"a.png", "b.png", "cut.png"}
 
 
 def test_pictures_in_buckets_are_found_like_those_in_folders(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -106,6 +107,19 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def test_a_picture_is_let_go_when_its_run_is_over(device: Callable[..., Device]) -> None:
+    """Not only when the next one comes: with its answer it may have a gigabyte."""
+    one = device()
+    assert one.engine
+    plan = one.engine.plan()
+    job = Job(GREY.copy(), plan, one.engine.work(8, 8, plan), float("inf"))
+    picture = weakref.ref(job.image)
+    one.submit(job)
+    job.done.result(WAIT)
+    del job
+    until(lambda: picture() is None)
 
 
 def test_answers_are_the_engines(device: Callable[..., Device], engine: Engine) -> None:
