@@ -3,8 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 from tiny_model import encoded
@@ -14,6 +19,32 @@ import service
 MONITORING = Path(service.__file__).parents[1] / "docker" / "monitoring"
 ONLY_ON_A_GPU = {"encnet_gpu_memory_used_bytes"}
 ADDED_BY_PROMETHEUS = {"instance", "le"}
+
+
+def test_grafanas_own_models_know_every_field_of_the_dashboard() -> None:
+    register_default_plugins()
+    written = json.loads((MONITORING / "encnet.json").read_text(encoding="utf-8"))
+    read = json.loads(json.dumps(Dashboard.from_json(written), cls=JSONEncoder))
+    assert_contains(read, written)
+    for panel in written["panels"]:
+        panel.setdefault("options", {})["colour"] = {}
+        with pytest.raises(AssertionError, match="options/colour"):
+            assert_contains(json.loads(json.dumps(Dashboard.from_json(written), cls=JSONEncoder)), written)
+        del panel["options"]["colour"]
+
+
+def assert_contains(whole: Any, part: Any, path: str = "") -> None:
+    """Every key and value of the part is in the whole, at the same place."""
+    if isinstance(part, dict):
+        for key in part:
+            assert key in whole, f"{path}/{key}"
+            assert_contains(whole[key], part[key], f"{path}/{key}")
+    elif isinstance(part, list):
+        assert len(whole) == len(part), path
+        for index, (one, other) in enumerate(zip(whole, part, strict=True)):
+            assert_contains(one, other, f"{path}/{index}")
+    else:
+        assert whole == part, path
 
 
 def test_every_query_names_metrics_and_labels_that_are_exported(client: TestClient, quadrants: np.ndarray) -> None:
