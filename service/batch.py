@@ -140,7 +140,7 @@ def _pictures_in(folder: Path, recursive: bool, faults: list[OSError]) -> Iterat
     for parent, folders, names in os.walk(folder, onerror=faults.append):
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
         for file in (Path(parent, name) for name in sorted(names)):
-            if is_picture_name(file) and _is(file.is_file):
+            if is_picture_name(file) and (_is(file.is_file) or file.is_symlink()):  # one to nowhere is told of later
                 yield Found(file, file.parent.relative_to(folder))
 
 

@@ -363,6 +363,15 @@ def test_a_picture_that_the_model_fails_on_fails_alone(
     assert len(segmented(result)) == 1
 
 
+def test_a_link_is_its_picture_and_one_to_nowhere_is_told(photos: Path) -> None:
+    (photos / "again.png").symlink_to("a.png")
+    (photos / "lost.png").symlink_to("gone.png")
+    result = segment(photos)
+    assert result.exit_code == 1
+    assert f"{photos}/lost.png: the file cannot be read: No such file" in result.stderr
+    assert segmented(result) == [f"{photos}/a.png", f"{photos}/b.png"]
+
+
 def test_the_same_picture_twice_is_one(photos: Path) -> None:
     twice = [photos / "a.png", photos, photos / "." / "a.png"]
     assert find_pictures(twice) == ([Found(photos / "a.png"), Found(photos / "b.png")], [])
