@@ -60,7 +60,9 @@ class Timings(BaseModel):
     queue: float = Field(description="Waiting for a free worker or for the device.")
     infer: float = Field(description="The model's run: resizing, every view, merging, argmax.")
     encode: float = Field(description="Label map to the format asked for.")
-    total: float = Field(description="From the first byte of the request to this answer, receiving the body included.")
+    total: float = Field(
+        description="From the request's first byte, in a batch from the picture's turn, to this answer."
+    )
 
 
 class Cost(BaseModel):

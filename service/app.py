@@ -50,7 +50,14 @@ def create_app(settings: Settings | None = None, models: Models | None = None) -
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "Server-Timing", "Retry-After", "X-Cost-Pixels", "X-Predicted-Ms"],
+            expose_headers=[
+                "X-Request-ID",
+                "Server-Timing",
+                "Retry-After",
+                "X-Cost-Pixels",
+                "X-Predicted-Ms",
+                "Inference-Header-Content-Length",
+            ],
         )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_exception)

@@ -380,7 +380,7 @@ def load_server(
     header: Annotated[
         list[str] | None, typer.Option("--header", "-H", help="Header to send, as in 'Authorization: Bearer KEY'.")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 60,
+    timeout: Annotated[float, typer.Option(min=0.1, max=86_400, help="Seconds to wait for an answer.")] = 60,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File for the figures, in more detail.", show_default=False)
     ] = None,

@@ -52,6 +52,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between attempts where the ser
 JITTER = 0.1  # a pause that was named is longer by up to this share, lest all who were refused come back together
 
 _CONNECT_SECONDS = 5.0
+_LONGEST_WAIT = 86_400.0  # seconds; a socket takes no infinite time
+_NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading another's answer raises
 _RETRIED_FAILURES = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.TimeoutException)
 _CONNECTIONS = httpx.Limits(max_connections=None, max_keepalive_connections=32)
 _SAVED_AS = {"CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "HSV": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "PA": "RGBA"}
@@ -177,6 +179,7 @@ class Client:
                 return error
 
         running: deque[Future[Segmentation | SegmentError]] = deque()
+        _check_concurrency(concurrency)
         with ThreadPoolExecutor(concurrency) as pool:
             try:
                 for picture in pictures:
@@ -237,6 +240,7 @@ class AsyncClient:
         self, pictures: Iterable[Picture], *, concurrency: int = 4, **options: Any
     ) -> AsyncIterator[Segmentation | SegmentError]:
         """Segment pictures, as Client.segment_many does."""
+        _check_concurrency(concurrency)
         free = asyncio.Semaphore(concurrency)
 
         async def one(picture: Picture) -> Segmentation | SegmentError:
@@ -280,11 +284,11 @@ class _Attempts:
         self._unnamed = 0
 
     def left(self) -> float:
-        """Seconds until the deadline; raises SegmentError when there are none."""
+        """Seconds until the deadline, or for one wait; raises SegmentError when there are none."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise self.deadline()
-        return left
+        return min(left, _LONGEST_WAIT)
 
     def deadline(self) -> SegmentError:
         """The error for an answer that did not come in time."""
@@ -332,9 +336,14 @@ def _retry_after(headers: httpx.Headers) -> float | None:
 def _date(text: str) -> datetime | None:
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
+def _check_concurrency(concurrency: int) -> None:
+    if concurrency < 1:
+        raise ValueError(f"concurrency is at least 1, not {concurrency}")
 
 
 def _base(url: str) -> str:
@@ -372,6 +381,8 @@ def _file(picture: Picture) -> bytes:
             raise ValueError(f"pixels are uint8 (H, W), (H, W, 3) or (H, W, 4), not {picture.dtype} {picture.shape}")
         picture = Image.fromarray(picture[:, :, 0] if picture.ndim == 3 and channels == 1 else picture)
     if isinstance(picture, Image.Image):
+        if picture.mode in ("I", "F"):
+            raise ValueError(f"in a picture of mode {picture.mode} nothing says which value is white; convert it to L")
         buffer = io.BytesIO()
         mode = _SAVED_AS.get(picture.mode, picture.mode)
         try:
@@ -400,7 +411,7 @@ def _read(reply: _Reply) -> Segmentation:
             for row in answer["presence"]
         ]
         return Segmentation(mask, presence, answer["timing_ms"], answer["id"], answer)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except (*_NOT_OURS, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise SegmentError(
             "bad_answer",
             "the server answered 200 but not as EncNet Serve does; is it another server's URL?",
@@ -419,6 +430,6 @@ def _error(reply: _Reply) -> SegmentError:
     try:
         fault = json.loads(reply.body)["error"]
         return SegmentError(str(fault["code"]), str(fault["message"]), status, fault.get("request_id", request_id))
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except _NOT_OURS:
         said = f"the server answered {status} {reply.reason}".rstrip()
         return SegmentError(f"http_{status}", said, status, request_id)

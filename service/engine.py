@@ -23,6 +23,8 @@ _INPUTS = {"image": "tensor(uint8)", "scales": "tensor(float)", "flip": "tensor(
 _OUTPUTS = ("mask", "presence", "probabilities")
 _ERRORS_ONLY = 3  # ONNX Runtime's log level
 _KEPT_PIXELS = 2_000_000  # of a run whose memory is kept for the next
+_GIVE_MEMORY_BACK = ("memory.enable_memory_arena_shrinkage", "cpu:0")  # at the end of a run
+_GREY = np.full((64, 64, 3), 128, np.uint8)
 
 
 class ModelError(Exception):
@@ -158,13 +160,13 @@ class Engine:
         self.path = model
         self._session = _open_session(model, execution_providers(device, gpu_memory_limit), threads)
         self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, model)
-        _check_graph(self._session, model)
+        self._mask_type = np.uint16 if len(self.metadata.classes) > 255 else np.uint8
+        _check_graph(self._session, model, len(self.metadata.classes))
         self.device: Literal["cpu", "cuda"] = (
             "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         )
         if device == "cuda" and self.device != "cuda":
             raise ModelError("CUDA was asked for, but ONNX Runtime could not start it on this machine; try device cpu")
-        self._mask_type = np.uint16 if len(self.metadata.classes) > 255 else np.uint8
         width = (threads or os.cpu_count() or 1) // lanes
         self.lanes = lanes if self.device == "cpu" and width else 1
         self._narrow = _open_session(model, execution_providers("cpu", 0), width) if self.lanes > 1 else self._session
@@ -248,7 +250,10 @@ class Engine:
         started = time.perf_counter()
         try:
             if plan.window:
-                answers = [self._windows(session, image, plan, options) for image in images]
+                try:
+                    answers = [self._windows(session, image, plan, options) for image in images]
+                finally:
+                    self._let_memory_go(session)
             else:
                 answers = self._views(session, images, plan, options)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
@@ -313,13 +318,15 @@ class Engine:
         """
         alike = self._shapes.get(session) == batch.shape
         self._shapes[session] = batch.shape
-        if not (alike and batch.size < 3 * _KEPT_PIXELS):
-            self._give_memory_back(options)
+        if self.device == "cpu" and not (alike and batch.size < 3 * _KEPT_PIXELS):
+            options.add_run_config_entry(*_GIVE_MEMORY_BACK)
 
-    def _give_memory_back(self, options: ort.RunOptions) -> None:
-        """Have a run end with memory given back."""
+    def _let_memory_go(self, session: ort.InferenceSession) -> None:
+        """On a CPU, give back what earlier runs took and kept, or what one that was stopped left: by a small run."""
         if self.device == "cpu":
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+            options = ort.RunOptions()
+            options.add_run_config_entry(*_GIVE_MEMORY_BACK)
+            self._infer(session, _GREY[None], self.plan((0.25,), False), _OUTPUTS[1:2], options)
 
     def _windows(
         self, session: ort.InferenceSession, image: np.ndarray, plan: Plan, options: ort.RunOptions
@@ -331,12 +338,9 @@ class Engine:
         total = np.zeros((len(self.metadata.classes), height, width), np.float32)
         visits = np.zeros((height, width), np.float32)
         presence = np.zeros(len(self.metadata.classes), np.float32)
-        corners = list(product(window_starts(height, window, stride), window_starts(width, window, stride)))
-        for top, left in corners:
+        for top, left in product(window_starts(height, window, stride), window_starts(width, window, stride)):
             part = (slice(top, top + window), slice(left, left + window))
             crop = np.ascontiguousarray(image[part])
-            if (top, left) == corners[-1]:
-                self._give_memory_back(options)
             scores, probabilities = self._infer(session, crop[None], plan, _OUTPUTS[1:], options)
             total[:, *part] += probabilities[0]
             visits[part] += 1
@@ -350,13 +354,12 @@ class Engine:
         On a GPU that means the default views; on a CPU, where only the first touch of weights and code counts, a small
         view is enough.
         """
-        grey = np.full((64, 64, 3), 128, np.uint8)
         if self.device == "cuda":
-            self.segment(grey)
+            self.segment(_GREY)
         else:
-            self.segment(grey, scales=(0.25,), flip=False)
+            self.segment(_GREY, scales=(0.25,), flip=False)
             if self.lanes > 1:
-                self.run_beside([grey], self.plan((0.25,), False))
+                self.run_beside([_GREY], self.plan((0.25,), False))
 
 
 def execution_providers(device: str, gpu_memory_limit: int) -> list[Any]:
@@ -396,11 +399,18 @@ def _open_session(model: Path, providers: list[Any], threads: int) -> ort.Infere
         raise ModelError(f"ONNX Runtime cannot load {model}: {reason}") from error
 
 
-def _check_graph(session: ort.InferenceSession, file: Path) -> None:
+def _check_graph(session: ort.InferenceSession, file: Path, classes: int) -> None:
     inputs = {node.name: node.type for node in session.get_inputs()}
-    outputs = {node.name for node in session.get_outputs()}
-    if inputs != _INPUTS or not outputs.issuperset(_OUTPUTS):
+    outputs = {node.name: node for node in session.get_outputs()}
+    if inputs != _INPUTS or not outputs.keys() >= set(_OUTPUTS):
         raise ModelError(
             f"{file} is not a whole-inference graph: it maps {', '.join(inputs)} to {', '.join(sorted(outputs))}, "
             f"where {', '.join(_INPUTS)} to {', '.join(_OUTPUTS)} are needed; {HOW_TO_EXPORT}"
         )
+    wanted = {"mask": f"tensor(uint{16 if classes > 255 else 8})"}
+    for name in _OUTPUTS:
+        if (found := outputs[name].type) != (needed := wanted.get(name, "tensor(float)")):
+            raise ModelError(f"{file} gives {name} as {found}, where {needed} is needed; {HOW_TO_EXPORT}")
+    scores = outputs["presence"].shape[-1]
+    if isinstance(scores, int) and scores != classes:
+        raise ModelError(f"{file} gives {scores} classes, and its metadata names {classes}; {HOW_TO_EXPORT}")

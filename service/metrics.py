@@ -63,15 +63,16 @@ class Metrics:
     def watch(self, name: str, pipeline: Pipeline) -> None:
         """Count the runs of a model's device and what its answers find, every class from 0 on."""
         pipeline.device.on_run = lambda batch, seconds: self.batches.labels(name).observe(batch)
+        classes, threshold = pipeline.engine.metadata.classes, pipeline.settings.threshold
 
-        def count(segmentation: Segmentation) -> None:
+        def count(segmentation: Segmentation) -> None:  # without the pipeline, which would keep itself alive by it
             self.pictures.labels(name).inc()
-            for class_, score in zip(pipeline.engine.metadata.classes, segmentation.presence, strict=False):
-                self.present.labels(name, class_).inc(float(score >= pipeline.settings.threshold))
+            for class_, score in zip(classes, segmentation.presence, strict=False):
+                self.present.labels(name, class_).inc(float(score >= threshold))
 
         pipeline.on_answer = count
         self.pictures.labels(name)
-        for class_ in pipeline.engine.metadata.classes:
+        for class_ in classes:
             self.present.labels(name, class_)
 
     def text(self) -> bytes:

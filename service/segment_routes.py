@@ -142,9 +142,10 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         headers = cost_headers(result.work.cost, result.predicted_ms, timings.model_dump()) | {"Vary": "Accept"}
         if isinstance(encoded, bytes):
             return Response(encoded, media_type=media_type, headers=headers)
-        body = _answer(request, labelled, encoded, timings).model_dump_json().encode()
-        if format_ == "multipart":
-            body, media_type = multipart(body, labelled.png())
+        mask, attached = encoded if isinstance(encoded, tuple) else (encoded, None)
+        body = _answer(request, labelled, mask, timings).model_dump_json().encode()
+        if attached is not None:
+            body, media_type = multipart(body, attached)
         return Response(body, media_type=media_type, headers=headers)
 
     @router.post(
@@ -243,20 +244,20 @@ def _labelled_and_encoded(
     return labelled, encode(labelled)
 
 
-def _mask_part(labelled: Labelled, format_: FormatName) -> PngMask | RleMask | AttachedMask:
-    """The `mask` of an answer in JSON."""
+def _mask_part(labelled: Labelled, format_: FormatName) -> PngMask | RleMask:
+    """The `mask` of an answer in JSON alone."""
     height, width = labelled.mask.shape
     if format_ == "rle":
         return RleMask(width=width, height=height, segments=rle(labelled.mask, labelled.engine.metadata.classes))
-    if format_ == "multipart":
-        return AttachedMask(width=width, height=height)
     return PngMask(width=width, height=height, data=base64.b64encode(labelled.png()).decode("ascii"))
 
 
 def _encoded(
     request: Request, labelled: Labelled, format_: FormatName, media_type: str
-) -> bytes | PngMask | RleMask | AttachedMask:
-    """The whole body for the formats that are files; for those in JSON the part that takes the time."""
+) -> bytes | PngMask | RleMask | tuple[AttachedMask, bytes]:
+    """The whole body for the formats that are files; for those in JSON the part that takes the time, and what is
+    attached to it.
+    """
     metadata, segmentation = labelled.engine.metadata, labelled.result.segmentation
     if format_ == "png":
         return labelled.png()
@@ -266,6 +267,9 @@ def _encoded(
     if format_ == "npz":
         assert segmentation.probabilities is not None
         return npz(labelled.mask, segmentation.probabilities, segmentation.presence, metadata.classes)
+    if format_ == "multipart":
+        height, width = labelled.mask.shape
+        return AttachedMask(width=width, height=height), labelled.png()
     if format_ == "polygons":
         return polygons(labelled.mask, metadata.classes, _facts(request, labelled))
     return _mask_part(labelled, format_)

@@ -1,11 +1,12 @@
 // The page: what is on it, and what happens when someone gives it a picture.
 
 import { readLabels } from "./png.js";
-import { get, Refusal, segment, sentence } from "./request.js";
+import { get, getFile, Refusal, segment, sentence } from "./request.js";
 
 const SCALES = [0.5, 0.75, 1, 1.25, 1.5, 1.75];
 const DIMMED = 36; // alpha of the classes beside the one looked at, 0..255
 const COARSE = 320; // masks narrower than this, in pixels, are shown with hard pixel edges
+const LARGEST_CANVAS = 65535; // pixels of a side that browsers draw
 const STEP = 1 / 50; // of the longer side, for one press of an arrow key
 const PHASES = { infer: "inference" };
 
@@ -23,6 +24,7 @@ const page = {
   shown: false, // whether the browser can show it as the service reads it
   result: null, // {answer, labels, file, elapsed}
   running: null, // AbortController
+  wanted: null, // the sample that is being fetched
   pinned: null, // class ids
   hovered: null,
   point: null, // [x, y] in the mask's pixels
@@ -81,6 +83,7 @@ function save(blob, suffix) {
 // ---- from a picture to a result
 
 async function take(file) {
+  page.wanted = null;
   page.running?.abort();
   page.running = null;
   busy(false);
@@ -125,8 +128,6 @@ function hide(id, next = $("blend")) {
 /** Put the picture on the page; afterwards `page.shown` says whether the browser could. */
 async function show(file) {
   const url = URL.createObjectURL(file);
-  $("panes").hidden = false;
-  hide("welcome");
   try {
     await Promise.all(
       images.map((image) => {
@@ -160,6 +161,8 @@ async function run(showing = Promise.resolve()) {
   page.running?.abort();
   const running = (page.running = new AbortController());
   settle();
+  $("panes").hidden = false;
+  hide("welcome");
   busy(true);
   say(`Segmenting ${picture.name} …`);
   try {
@@ -223,8 +226,11 @@ function present() {
   const { width, height } = answer.image;
   page.shown &&= isUpright(answer.image);
   document.body.classList.toggle("blind", !page.shown);
-  $("note").hidden = page.shown;
-  $("note").textContent = "This browser cannot show the picture as the service reads it; here are the colours alone.";
+  const drawn = Math.max(labels.width, labels.height) <= LARGEST_CANVAS;
+  $("note").hidden = page.shown && drawn;
+  $("note").textContent = drawn
+    ? "This browser cannot show the picture as the service reads it; here are the colours alone."
+    : `A side of more than ${LARGEST_CANVAS} pixels is more than a browser draws; the mask can be saved.`;
   shape(width, height);
   canvas.width = labels.width;
   canvas.height = labels.height;
@@ -511,17 +517,22 @@ function choose() {
 function takeFirst(files) {
   const [file] = files;
   take(file);
-  if (files.length > 1) {
+  if (files.length > 1 && page.picture === file) {
     complain(`One picture at a time: of these ${files.length} files ${file.name} is segmented.`);
   }
 }
 
 async function takeSample(sample) {
+  page.wanted = sample;
   try {
-    const response = await fetch(sample.url);
-    await take(new File([await response.blob()], sample.name, { type: "image/jpeg" }));
+    const file = new File([await getFile(sample.url)], sample.name, { type: "image/jpeg" });
+    if (page.wanted === sample) {
+      await take(file);
+    }
   } catch (error) {
-    complain(sentence(error.message));
+    if (page.wanted === sample) {
+      complain(sentence(error.message));
+    }
   }
 }
 
@@ -534,7 +545,15 @@ function sideBySide(on) {
 
 const peek = (on) => document.body.classList.toggle("peek", on);
 const saveMask = () => save(new Blob([page.result.file], { type: "image/png" }), ".mask.png");
-const saveOverlay = async () => save(await overlay(), ".overlay.png");
+
+async function saveOverlay() {
+  const blob = await overlay();
+  if (blob) {
+    save(blob, ".overlay.png");
+  } else {
+    complain("The picture is too large for this browser to draw; the mask can be saved.");
+  }
+}
 
 const KEYS = {
   o: choose,
@@ -641,4 +660,12 @@ async function start() {
   }
 }
 
-start().catch((error) => complain(sentence(error.message)));
+start().catch((error) => {
+  complain(sentence(error.message), true);
+  $("again").addEventListener("click", () => location.reload());
+  $("dismiss").addEventListener("click", settle);
+  document.querySelectorAll(".choose").forEach((button) => (button.disabled = true));
+  for (const kind of ["dragover", "drop"]) {
+    addEventListener(kind, (event) => event.preventDefault()); // or the browser would open the file
+  }
+});

@@ -25,6 +25,9 @@ export const segment = (picture, options, signal) => unlocked(() => post(picture
 /** GET a JSON document of the service; throws a Refusal. */
 export const get = (url) => unlocked(async () => (await reach(url)).json());
 
+/** GET a file of the service; throws a Refusal. */
+export const getFile = (url) => unlocked(async () => (await reach(url)).blob());
+
 async function post(picture, { scales, flip }, signal) {
   const form = new FormData();
   form.append("image", picture, picture.name);

@@ -317,6 +317,7 @@ def test_the_servers_error_is_told(connect: Callable[..., Any], url: str, quadra
         (200, b"<html>Welcome</html>", "bad_answer"),
         (200, b'{"mask": {"data": "AAAA"}}', "bad_answer"),
         (200, b"[]", "bad_answer"),
+        (200, b"[" * 100_000, "bad_answer"),
     ],
 )
 def test_what_is_not_this_service_is_told(connect: Callable[..., Any], status: int, body: bytes, code: str) -> None:
@@ -338,6 +339,7 @@ def test_a_file_that_is_not_there(connect: Callable[..., Any], url: str, tmp_pat
         (np.zeros((4, 4, 2), np.uint8), ValueError),
         (np.zeros((0, 4, 3), np.uint8), ValueError),
         (Image.new("F", (4, 4)), ValueError),
+        (Image.new("I", (4, 4)), ValueError),
         (None, TypeError),
         (7, TypeError),
     ],
@@ -347,6 +349,10 @@ def test_what_is_no_picture_is_refused_before_it_is_sent(
 ) -> None:
     with pytest.raises(kind):
         connect("http://127.0.0.1:1").segment(picture)
+
+
+def test_a_timeout_may_be_infinite(connect: Callable[..., Any], url: str, quadrants: np.ndarray) -> None:
+    assert connect(url, timeout=float("inf")).segment(quadrants).mask.shape == quadrants.shape[:2]
 
 
 def test_what_the_client_cannot_do_is_refused(connect: Callable[..., Any]) -> None:
@@ -390,6 +396,12 @@ def test_many_run_side_by_side_but_no_more_than_asked(connect: Callable[..., Any
     with scripted(answer) as server:
         assert len(list(connect(server.url).segment_many([b"picture"] * 9, concurrency=3))) == 9
     assert most == 3
+
+
+@pytest.mark.parametrize("concurrency", [0, -1])
+def test_many_at_least_one_at_a_time(connect: Callable[..., Any], url: str, concurrency: int) -> None:
+    with pytest.raises(ValueError, match="concurrency is at least 1"):
+        list(connect(url).segment_many([b"picture"], concurrency=concurrency))
 
 
 def test_many_can_be_left_early(good: bytes) -> None:

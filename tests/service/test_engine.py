@@ -1,6 +1,7 @@
 """Promise: the engine takes everything from the .onnx file and refuses what is not ours with a sentence."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -229,6 +230,21 @@ def test_our_metadata_on_another_graph_is_refused(tmp_path: Path) -> None:
     assert "image, scales, flip" in refusal(tmp_path / "other.onnx")
 
 
+def test_a_graph_whose_outputs_are_others(tmp_path: Path) -> None:
+    model = tiny_model()
+    names = {"classes": json.dumps(CLASSES[:3]), "palette": json.dumps(PALETTE[:3])}
+    helper.set_model_props(model, {**METADATA, **names})
+    onnx.save(model, tmp_path / "three.onnx")
+    assert "gives 4 classes, and its metadata names 3" in refusal(tmp_path / "three.onnx")
+    helper.set_model_props(model, METADATA)
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    model.graph.node.append(helper.make_node("Cast", ["mask_8"], ["mask"], to=onnx.TensorProto.INT64))
+    for node in model.graph.node[:-1]:
+        node.output[:] = ["mask_8" if name == "mask" else name for name in node.output]
+    onnx.save(model, tmp_path / "int64.onnx")
+    assert "gives mask as tensor(int64), where tensor(uint8) is needed" in refusal(tmp_path / "int64.onnx")
+
+
 # ---- files that are no model
 
 
@@ -255,14 +271,32 @@ def test_cuda_where_there_is_none(model_file: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("options", [{}, {"probabilities": True}, {"window": 1500}], ids=str)
 def test_a_large_picture_does_not_keep_its_memory(engine: Engine, options: dict[str, Any]) -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
     large = np.zeros((3000, 4000, 3), np.uint8)
     engine.segment(large[:30, :40])
     before = resident()
     engine.segment(large, **options)
     assert resident() - before < 100e6, "up to 1.4 GB are kept otherwise"
+
+
+def test_a_run_that_ends_between_its_windows_keeps_no_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    infer, calls = engine._infer, []
+
+    def second_fails(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError
+        return infer(*arguments)
+
+    before = resident()
+    monkeypatch.setattr(engine, "_infer", second_fails)
+    with pytest.raises(RuntimeError):
+        engine.segment(np.zeros((2000, 4000, 3), np.uint8), window=2000)
+    assert resident() - before < 100e6
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("window", [None, 8])

@@ -1,8 +1,11 @@
 """Promise: operators can see, log, lock and reload the service."""
 
+import gc
 import io
 import json
 import logging
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +110,8 @@ def test_other_origins_may_call_only_where_they_are_named(client_with: Callable[
     assert "access-control-allow-origin" not in client_with().options("/segment", headers=asking).headers
     named = client_with(cors_origins=("https://a.example",))
     assert named.options("/segment", headers=asking).headers["access-control-allow-origin"] == "https://a.example"
+    shown = named.get("/models", headers={"Origin": "https://a.example"}).headers["access-control-expose-headers"]
+    assert {"Retry-After", "Inference-Header-Content-Length"} <= set(shown.split(", "))
     asking["Origin"] = "https://b.example"
     assert "access-control-allow-origin" not in named.options("/segment", headers=asking).headers
 
@@ -223,6 +228,25 @@ def test_every_setting_is_in_the_readme_and_in_help() -> None:
     for name, default, meaning in settings_table():
         assert f"| `{name}` | {default} | {meaning} |" in readme
         assert name in shown
+
+
+def test_what_was_loaded_before_a_reload_is_gone_at_once(settings: Settings) -> None:
+    """Not when Python next looks for cycles: each has the weights and two sessions."""
+    models = Models(settings)
+    models.start()
+    with TestClient(create_app(models=models)) as client:
+        assert client.portal is not None
+        old = weakref.ref(models.pipeline().engine)
+        gc.disable()
+        try:
+            client.portal.call(models.load, models.default)
+            until = time.monotonic() + 20
+            while old() is not None:  # the watchdog looks four times a second
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        finally:
+            gc.enable()
+    models.close()
 
 
 def test_a_reload_drops_no_request_and_a_broken_file_changes_nothing(

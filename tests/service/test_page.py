@@ -392,6 +392,51 @@ def test_a_picture_that_the_browser_cannot_show_as_it_is_read_has_its_colours(
     assert browser.point_at(2, 2, 40, 30) == "red"
 
 
+def test_such_a_picture_has_its_place_when_it_is_tried_again(
+    browser: Browser, scene: np.ndarray, tmp_path: Path
+) -> None:
+    (tmp_path / "scene.tif").write_bytes(encoded(scene, "TIFF"))
+    browser.open()
+    browser.run("window.real = fetch; window.fetch = () => Promise.reject(new TypeError('no network'));")
+    browser.give(tmp_path / "scene.tif")
+    browser.until("!document.getElementById('again').hidden && !document.getElementById('error').hidden")
+    browser.run("window.fetch = real;")
+    browser.find("#again").click()
+    browser.until(f"{IDLE} && document.getElementById('status').textContent.startsWith('scene.tif: 40 × 30')")
+    assert browser.find("#panes").is_displayed()
+    assert not browser.find("#welcome").is_displayed()
+
+
+def test_a_sample_that_is_late_or_missing_takes_no_place(browser: Browser, scene_file: Path) -> None:
+    browser.open()
+    browser.run(
+        "window.real = fetch;"
+        "window.fetch = async (url, ...more) => {"
+        "  if (/samples/.test(url)) { await new Promise(done => window.go = done); }"
+        "  return real(url, ...more); };"
+    )
+    browser.find("#sample-list button").click()
+    browser.segment(scene_file)
+    browser.run("go();")
+    time.sleep(0.5)
+    browser.until(f"{IDLE} && document.getElementById('status').textContent.startsWith('scene.png: 40 × 30')")
+    browser.run("window.fetch = async () => new Response('{}', {status: 503});")
+    browser.find("#sample-list button").click()
+    browser.until("!document.getElementById('error').hidden")
+    assert browser.text("#error-text") == "The service answered 503."
+
+
+def test_of_several_files_the_first_is_taken_unless_it_is_refused(
+    browser: Browser, scene_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "big.png").write_bytes(b"\0" * 400_001)
+    browser.open()
+    browser.run("document.getElementById('file').multiple = true;")
+    browser.find("#file").send_keys(f"{tmp_path / 'big.png'}\n{scene_file}")
+    browser.until("!document.getElementById('error').hidden")
+    assert browser.text("#error-text").startswith("big.png has 0.4 MB")
+
+
 def test_downloads_are_the_mask_of_the_service_and_the_picture_as_shown(
     browser: Browser, client: TestClient, quadrants_mask: np.ndarray, tmp_path: Path
 ) -> None:
@@ -526,6 +571,28 @@ def test_the_png_reader_says_what_is_wrong(browser: Browser, scene: np.ndarray) 
         browser,
         png(np.zeros((2, 4), np.uint8), 4, 8, 0, [0]).replace(struct.pack(">II", 4, 2), struct.pack(">II", 4, 3)),
     )
+
+
+def test_a_page_that_cannot_start_says_so_and_can_be_tried_again(browser: Browser, model_file: Path) -> None:
+    server = Server(model_file, ENCNET_API_KEYS="opens")
+    try:
+        browser.driver.get(server.url)
+        browser.until("document.getElementById('lock').open")
+        browser.press("\ue00c")
+        browser.until("!document.getElementById('error').hidden && !document.getElementById('lock').open")
+        assert browser.run("return [...document.querySelectorAll('.choose')].every(button => button.disabled)")
+        drop = "const drop = new DragEvent('drop', {cancelable: true}); dispatchEvent(drop);"
+        assert browser.run(f"{drop} return drop.defaultPrevented"), "the browser would open the file"
+        browser.find("#dismiss").click()
+        assert not browser.find("#error").is_displayed()
+        browser.driver.refresh()
+        browser.until("document.getElementById('lock').open")
+        browser.find("#key").send_keys("opens\ue007")
+        browser.until("document.body.classList.contains('ready')")
+        browser.run("sessionStorage.clear()")
+        browser.driver.get_log("browser")
+    finally:
+        server.stop()
 
 
 def test_a_service_with_keys_is_asked_for_one(browser: Browser, model_file: Path, scene_file: Path) -> None:
