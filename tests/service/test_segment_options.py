@@ -419,7 +419,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(host: str, monkeyp
     fetch(
         f"{host}/picture?a=1",
         max_bytes=1_000_000,
-        timeout_s=5,
+        timeout_s=60,
         resolver=lambda host, port: next(answers),
         allowed=lambda address: address == "127.0.0.1",
     )
