@@ -1,11 +1,11 @@
 """Everything that is to be trained on one GPU, in pieces: `make gpu-train`, again and again until it is finished.
 
-Each call goes on where the last one stopped. It begins nothing that --minutes leaves too little time for, training stops
-and saves in time, and a training or an evaluation that hangs is ended soon after. The runs, in order: the best network
-for CamVid and for MSRC-21, CamVid without reference_positions and its comparison, and the ablation on both data sets.
-OUT/RUN holds a run as model.train and model.evaluate leave it; OUT/results is what is worth carrying away, small files
-only: figures, curves, contact sheets and the ablation's tables of what is finished, and the best networks' weights in
-files of at most 15 MB (benchmarks/split_weights.py joins them).
+Each call goes on where the last one stopped. It begins nothing that --minutes leaves too little time for, training
+stops and saves in time, and a training or an evaluation that hangs is ended soon after. The runs, in order: the best
+network for CamVid and for MSRC-21, CamVid without reference_positions and its comparison, and the ablation on both
+data sets. OUT/RUN holds a run as model.train and model.evaluate leave it; OUT/results is what is worth carrying away,
+small files only: figures, curves, contact sheets and the ablation's tables of what is finished, and the best networks'
+weights in files of at most 15 MB (benchmarks/split_weights.py joins them).
 """
 
 import argparse
