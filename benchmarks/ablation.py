@@ -4,8 +4,8 @@
     python -m benchmarks.ablation --data msrc21 --config model/recipes/ablation-msrc21.toml --out runs/ablation-msrc21
 
 Started again, it goes on where it was stopped; runs that are finished are not done again. After every run the table is
-printed and everything so far is written to --output. Deltas are means over the seeds that both variants have, of the
-differences between runs of the same seed, with their standard deviations.
+printed and everything so far is written to --output, OUT/ablation.json without it. Deltas are means over the seeds that
+both variants have, of the differences between runs of the same seed, with their standard deviations.
 """
 
 import argparse
@@ -24,11 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.runs import ROOT, Job, RunError, advance
-from model.arguments import minutes
+from model.arguments import at_least_one, minutes
 from model.files import replacing
 from model.recipe import Recipe, RecipeError, read_recipe
 
-RESULTS = Path(__file__).parent / "results"
 VIEW = "test"
 FOLDERS = {"FCN": "fcn", "+ Encoding": "encoding", "+ Encoding + SE-loss": "se"}
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -111,8 +110,10 @@ def table(found: dict[str, Any], title: str) -> Table:
 def write(
     output: Path, planned: dict[tuple[str, int], Job], root: Path, about: dict[str, Any], console: Console
 ) -> None:
-    """Write and print what the finished runs say."""
+    """Write and print what the finished runs say; nothing where none is finished."""
     rows = [row(job, root, *key) for key, job in planned.items() if not job.missing(root)]
+    if not rows:
+        return
     found = summary(rows)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as file:
@@ -141,9 +142,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set folder")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="recipe file (TOML)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all runs")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=at_least_one, default=3, metavar="N", help="runs of each variant (default: %(default)s)"
+    )
     parser.add_argument("--minutes", type=minutes, default=math.inf, metavar="N", help="stop after so long")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="instead of benchmarks/results/ablation-...")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: OUT/ablation.json")
     options = parser.parse_intermixed_args(arguments)
     until, words, console = time.monotonic() + 60 * options.minutes, tuple(options.options), Console()
     try:
@@ -152,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise RunError("every run has a seed of its own, from 0 on; choose how many with --seeds")
         planned = jobs(options.data, options.config, options.seeds, words)
         about = describe(options.data, options.config, words, options.seeds)
-        output = options.output or RESULTS / f"ablation-{about['data']}.json"
+        output = options.output or options.out / "ablation.json"
         options.out.mkdir(parents=True, exist_ok=True)
         for job in planned.values():
             job.check(options.out)

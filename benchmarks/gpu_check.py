@@ -3,7 +3,7 @@
 Needs an NVIDIA GPU, PyTorch with CUDA and nvcc; every other package is optional, and what is missing is reported as
 not run. Each part (benchmarks/gpu_parts.py) runs in a process of its own, so that one that fails or hangs leaves the
 others alone. Results are written to benchmarks/results/<name of the GPU>.json as they come, and as a table at the end.
-The exit status is 0 where every check passed, 1 where one failed and 2 without a GPU.
+The exit status is 0 where every check passed, 1 where one failed, and 2 without a GPU or where nothing was run.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from model.files import replacing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -133,7 +135,6 @@ def sanitizer(device: str, seconds: float) -> Part:
 def run_part(name: str, device: str, output: Path) -> int:
     """In the child: run one part and write what it found, also while it is under way."""
     from benchmarks import gpu_parts
-    from model.files import replacing
 
     class Writing(gpu_parts.Report):
         def write(self) -> None:
@@ -229,7 +230,7 @@ def describe_machine(gpu: str) -> dict[str, Any]:
 
 
 def check(device: str, gpu: str, output: Path, only: list[str]) -> int:
-    """Run the parts, write and print what they find; 1 where a check failed."""
+    """Run the parts, write and print what they find; 1 where a check failed, 2 where nothing was run."""
     started = time.monotonic()
     result: dict[str, Any] = {**describe_machine(gpu), "parts": {}}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -246,14 +247,20 @@ def check(device: str, gpu: str, output: Path, only: list[str]) -> int:
             part = sanitizer(device, seconds)
         else:
             part = child(name, device, seconds)
+        if seconds < most and part["checks"].pop(f"{name} ends", None):
+            part["not_run"].append(f"{name}: the time was up after {seconds:.0f} s")
         part["seconds"] = round(time.monotonic() - begun, 1)
         result["parts"][name] = part
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        with replacing(output) as file:
+            file.write(json.dumps(result, indent=1).encode() + b"\n")
         failed = sum(wrong is not None for wrong in part["checks"].values())
         print(f"{name}: {part['seconds']} s, {len(part['checks'])} checks, {failed} failed", flush=True)
     print(table(result))
     print(f"written to {output}")
-    return int(any(wrong for part in result["parts"].values() for wrong in part["checks"].values()))
+    parts = result["parts"].values()
+    if not any(part["checks"] or part["rows"] for part in parts):
+        return 2
+    return int(any(wrong for part in parts for wrong in part["checks"].values()))
 
 
 def main() -> int:

@@ -5,16 +5,14 @@ trained one. Everything besides onnxruntime-gpu is what serving and export need 
 not run. On a CPU the same steps run with a small model (tests/model/test_gpu_check.py).
 """
 
+import importlib
 import json
-import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,32 +122,6 @@ def copies(file: Path, device: str, image: np.ndarray) -> dict[str, dict[str, in
     return found
 
 
-@contextmanager
-def serving(file: Path, device: str) -> Iterator[str]:
-    """A real server process for the model; yields its address."""
-    environment = {**os.environ, "ENCNET_TIMEOUT_MS": "60000", "ENCNET_MAX_BATCH": "8", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service", "serve", "--model", str(file), "--device", device, "--port", "0"],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        assert process.stdout
-        printed = ""
-        for line in process.stdout:
-            printed += line
-            if found := re.search(r"listens on (http://\S+)", line):
-                yield found[1]
-                return
-        raise RuntimeError(f"the server did not start: {printed[-300:]}")
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
 def service(
     device: str, report: Report, config: ModelConfig = MODEL, shapes: int = SHAPES, clients: Sequence[int] = CLIENTS
 ) -> None:
@@ -221,9 +193,7 @@ def service(
             row = {"shapes": shapes, "p99_ms_over_warm": round(worst, 1), "median": round(float(np.median(excess)), 2)}
             report.rows.append({"what": "new shapes", **row, "megabytes_taken": taken})
             assert worst <= MOST_MS_OVER_WARM or device == "cpu", f"{worst:.0f} ms"
-        with report.check("the server serves"):
-            for row in throughput(half, "cuda" if device == "cuda" else "cpu", clients):
-                report.rows.append({"what": "server", **row})
+        server(half, "cuda" if device == "cuda" else "cpu", report, clients)
 
 
 def engine_ms(engine: Any, image: np.ndarray) -> float:
@@ -233,12 +203,28 @@ def engine_ms(engine: Any, image: np.ndarray) -> float:
     return (time.perf_counter() - started) * 1000
 
 
+def server(file: Path, device: str, report: Report, clients: Sequence[int]) -> None:
+    """Whether a real server serves; not run where one of its packages is missing."""
+    try:
+        importlib.import_module("service.server")
+    except ImportError as error:
+        report.not_run.append(f"the server: {error}")
+        return
+    with report.check("the server serves"):
+        for row in throughput(file, device, clients):
+            report.rows.append({"what": "server", **row})
+
+
 def throughput(file: Path, device: str, clients: Sequence[int]) -> list[dict[str, Any]]:
     """Pictures a second and latency at several numbers of clients, from the load command itself."""
-    with serving(file, device) as url, tempfile.TemporaryDirectory() as folder:
+    from benchmarks.server import serving
+
+    words = ("--model", str(file), "--device", device)
+    settings = {"ENCNET_TIMEOUT_MS": "60000", "ENCNET_MAX_BATCH": "8"}
+    with serving(None, *words, **settings) as server, tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "bench.json"
         numbers = ",".join(map(str, clients))
-        command = ["bench", f"{url}/segment?format=png", "--concurrency", numbers, "--duration", "4"]
+        command = ["bench", f"{server.url}/segment?format=png", "--concurrency", numbers, "--duration", "4"]
         done = subprocess.run(
             [sys.executable, "-m", "service", *command, "--json", str(output)], cwd=ROOT, capture_output=True, text=True
         )

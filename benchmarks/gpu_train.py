@@ -1,10 +1,11 @@
 """Everything that is to be trained on one GPU, in pieces: `make gpu-train`, again and again until it is finished.
 
-Each call goes on where the last one stopped and ends within --minutes. The runs, in order: the best network for CamVid
-and for MSRC-21, CamVid without reference_positions, and the ablation on both data sets. OUT/RUN holds a run as
-model.train and model.evaluate leave it; OUT/results is what is worth carrying away, small files only: figures, curves,
-contact sheets and the ablation's tables of what is finished, and the best networks' weights in files of at most 15 MB
-(benchmarks/split_weights.py joins them).
+Each call goes on where the last one stopped. It begins nothing that --minutes leaves too little time for, training
+stops and saves in time, and a training or an evaluation that hangs is ended soon after. The runs, in order: the best
+network for CamVid and for MSRC-21, CamVid without reference_positions and its comparison, and the ablation on both
+data sets. OUT/RUN holds a run as model.train and model.evaluate leave it; OUT/results is what is worth carrying away,
+small files only: figures, curves, contact sheets and the ablation's tables of what is finished, and the best networks'
+weights in files of at most 15 MB (benchmarks/split_weights.py joins them).
 """
 
 import argparse
@@ -28,9 +29,11 @@ from model.recipe import RecipeError
 
 RECIPES = ROOT / "model" / "recipes"
 PIECE_MINUTES = 9.0
+COMPARISON_SECONDS = 120  # with less left of a piece the comparison is not begun
 SEEDS = 3
 MAIN = ("camvid", "msrc21")
 WITHOUT_FACTOR = "camvid-plain-sum"
+COMPARISON = "reference-positions"
 VIEWS = {
     "test": ("--split", "test", "--batch", "8"),
     "test-scales": ("--split", "test", "--batch", "8", "--scales", "0.75,1,1.25,1.5", "--flip"),
@@ -61,18 +64,20 @@ def collect(job: Job, out: Path) -> None:
         shutil.copyfile(out / job.name / name, target / name)
 
 
-def compare_factor(data: Path, out: Path) -> None:
-    """What reference_positions gives, once both of its runs are finished."""
-    output = out / "results" / "reference-positions.json"
+def compare_factor(data: Path, out: Path, until: float) -> None:
+    """What reference_positions gives, once both of its runs are finished and where there is time for it."""
+    output = out / "results" / f"{COMPARISON}.json"
     files = [out / name / "final.pt" for name in ("camvid", WITHOUT_FACTOR)]
-    if not output.exists() and all(file.exists() for file in files):
+    if output.exists() or until - time.monotonic() < COMPARISON_SECONDS:
+        return
+    if all(file.exists() for file in files):
         words = ["--data", data / "camvid", "--batch", "8", "--output", output]
         if reference_positions.main([str(word) for word in (*files, *words)]):
             raise RunError("the comparison of reference_positions failed")
 
 
 def piece(data: Path, out: Path, options: tuple[str, ...], until: float, console: Console) -> list[str]:
-    """Go on with the list until it is finished or the time is up; the names of the runs that are not finished."""
+    """Go on with the list until it is finished or the time is up; what is not finished, by name."""
     best = main_jobs(data, options)
     ablations = {name: ablation_jobs(name, data, options) for name in MAIN}
     work = [(job, out) for job in best]
@@ -87,13 +92,14 @@ def piece(data: Path, out: Path, options: tuple[str, ...], until: float, console
         if folder == out:
             collect(job, out)
         if job.name == WITHOUT_FACTOR:
-            compare_factor(data, out)
+            compare_factor(data, out, until)
     for name, planned in ablations.items():
         folder = out / f"ablation-{name}"
         if folder.exists():
             about = ablation.describe(data / name, RECIPES / f"ablation-{name}.toml", options, SEEDS)
             ablation.write(out / "results" / f"ablation-{name}.json", planned, folder, about, console)
-    return [str((folder / job.name).relative_to(out)) for job, folder in work if job.missing(folder)]
+    left = [str((folder / job.name).relative_to(out)) for job, folder in work if job.missing(folder)]
+    return left if (out / "results" / f"{COMPARISON}.json").exists() else [*left, COMPARISON]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -118,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (RunError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(left)} runs are not finished; the same command goes on" if left else f"all is in {results}")
+    print(f"{len(left)} parts are not finished; the same command goes on" if left else f"all is in {results}")
     return 0
 
 

@@ -28,3 +28,10 @@ def minutes(text: str) -> float:
     if not number >= 0:
         raise argparse.ArgumentTypeError(f"expected minutes, 0 or more, got {text!r}")
     return number
+
+
+def at_least_one(text: str) -> int:
+    """A whole number, 1 or more; raises argparse.ArgumentTypeError for anything else."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+    return int(text)

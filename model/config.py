@@ -53,7 +53,7 @@ class ModelConfig:
             (self.channels >= 1, f"channels must be at least 1, got {self.channels}"),
             (self.codewords >= 1, f"codewords must be at least 1, got {self.codewords}"),
             (self.encoding or not self.stage3_presence, "stage3_presence needs encoding"),
-            (self.detail >= 0, f"detail must not be negative, got {self.detail}"),
+            (self.detail == 0 or self.detail >= 2, f"detail must be 0 or at least 2, got {self.detail}"),
             (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
             (0 <= self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}"),
             (

@@ -45,6 +45,7 @@ from model.windows import MERGES, predict_windows
 
 PRESENCE_THRESHOLD = 0.5
 SHEET_PICTURES = 8
+WAITING_BATCHES = 4  # most batches of pictures that wait for others of their size
 
 EPILOG = """examples:
   one view of every test picture
@@ -98,6 +99,13 @@ class Evaluation:
     seconds: float
 
 
+def check_classes(checkpoint: Checkpoint, data: SegmentationData) -> None:
+    """Raise EvaluationError when checkpoint and data set have different numbers of classes."""
+    classes = checkpoint.config.num_classes
+    if classes != len(data.classes):
+        raise EvaluationError(f"the checkpoint has {classes} classes, the data set {len(data.classes)}")
+
+
 def evaluate(
     checkpoint: Checkpoint,
     model: EncNet,
@@ -110,9 +118,8 @@ def evaluate(
 
     Raises EvaluationError when checkpoint and data set have different numbers of classes, DataError for a broken file.
     """
+    check_classes(checkpoint, data)
     classes = checkpoint.config.num_classes
-    if classes != len(data.classes):
-        raise EvaluationError(f"the checkpoint has {classes} classes, the data set {len(data.classes)}")
     pictures = min(options.limit or len(data), len(data))
     shown = set(numpy.linspace(0, pictures - 1, min(SHEET_PICTURES, pictures)).round().astype(int).tolist())
     counts = numpy.zeros((classes, classes), dtype=numpy.int64)
@@ -143,7 +150,10 @@ def evaluate(
 def _batches(
     data: SegmentationData, pictures: int, batch: int
 ) -> Iterator[list[tuple[int, numpy.ndarray, numpy.ndarray]]]:
-    """Index, picture and labels of pictures of one size, at most `batch` at a time."""
+    """Index, picture and labels of pictures of one size, at most `batch` at a time.
+
+    At most WAITING_BATCHES * batch pictures are held back; the largest group goes first.
+    """
     waiting: dict[tuple[int, ...], list[tuple[int, numpy.ndarray, numpy.ndarray]]] = {}
     for index in range(pictures):
         image, truth = data.load(index)
@@ -151,6 +161,8 @@ def _batches(
         same.append((index, image, truth))
         if len(same) == batch:
             yield waiting.pop(truth.shape)
+        elif sum(map(len, waiting.values())) > WAITING_BATCHES * batch:
+            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
     yield from waiting.values()
 
 
@@ -424,14 +436,17 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
         arguments.batch,
         arguments.precision,
     )
+    output = arguments.output or arguments.checkpoint.with_suffix(".evaluation")
+    check_classes(checkpoint, data)
+    if output.exists() and not output.is_dir():
+        raise EvaluationError(f"--output {output}: is a file, not a folder")
+    output.mkdir(parents=True, exist_ok=True)
     model = build_model(checkpoint).to(device)
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes) as progress:
         task = progress.add_task("", total=min(options.limit or len(data), len(data)))
         evaluation = evaluate(checkpoint, model, data, options, device, lambda: progress.advance(task))
 
-    output = arguments.output or arguments.checkpoint.with_suffix(".evaluation")
-    output.mkdir(parents=True, exist_ok=True)
     document = report(checkpoint, arguments.checkpoint, data, options, device, evaluation)
     with replacing(output / "evaluation.json") as file:
         file.write(json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")

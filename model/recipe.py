@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.fine_tuning import PARTS, part_names
 
 LEAST_CROP, MOST_CROP = 32, 16384  # pixels
+MOST_GAMMA = 4  # beyond it pictures are black and white
 
 
 class RecipeError(ValueError):
@@ -130,7 +131,6 @@ class Recipe:
                     "workers",
                     "weight_decay",
                     "rotation",
-                    "gamma",
                     "seed",
                     "unfreeze_every",
                     "head_rate",
@@ -140,6 +140,7 @@ class Recipe:
                     "class_balance",
                 )
             ),
+            (0 <= self.gamma <= MOST_GAMMA, f"gamma must be 0 to {MOST_GAMMA}, got {self.gamma}"),
             (LEAST_CROP <= self.crop <= MOST_CROP, f"crop must be {LEAST_CROP} to {MOST_CROP} pixels, got {self.crop}"),
             (self.seed < 2**63, f"seed must be less than 2^63, got {self.seed}"),
         )

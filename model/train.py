@@ -58,10 +58,10 @@ STATE = ("recipe", "model", "optimizer", "scaler", "random", "best")  # what --r
 
 
 def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
-    """Factor on the base rates at a step, 0-based: linear warm-up, then poly or cosine to 0."""
+    """Factor on the base rates at a step, 0-based: linear warm-up, then poly or cosine to 0, where it stays."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / max(steps - recipe.warmup, 1)
+    progress = min((step - recipe.warmup) / max(steps - recipe.warmup, 1), 1.0)
     if recipe.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     return (1 - progress) ** recipe.power
@@ -103,10 +103,15 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
             mean.copy_(value)
 
 
+def pictures_at_once(recipe: Recipe, processes: int) -> int:
+    """How many pictures an evaluation runs together: as many as a process has crops in a part of a step."""
+    return max(recipe.batch // (recipe.accumulate * processes), 1)
+
+
 def validate(run: "Run") -> Evaluation:
     """The weights worth serving on the validation split, whole pictures at a single scale."""
     recipe = run.recipe
-    batch, precision = recipe.batch // recipe.accumulate, "bf16" if recipe.precision != "fp32" else "fp32"
+    batch, precision = pictures_at_once(recipe, run.processes), "bf16" if recipe.precision != "fp32" else "fp32"
     options = Options(
         "val", (1.0,), False, "whole", "softmax", recipe.crop, recipe.base_size, 0, batch=batch, precision=precision
     )
@@ -399,9 +404,9 @@ def train(run: Run, until: float = math.inf) -> bool:
             losses = run.train_step(images, masks)
             epoch = -(-run.step // run.steps_per_epoch)
             if run.step % recipe.log_every == 0 and first:
+                values = dict(zip(losses._fields, torch.stack(losses).tolist(), strict=True))  # waits for a GPU
                 rate = (run.step - since_step) * recipe.batch / (time.monotonic() - since)
                 since, since_step = time.monotonic(), run.step
-                values = dict(zip(losses._fields, torch.stack(losses).tolist(), strict=True))
                 run.check_finite(losses)
                 progress.update(bar, completed=run.step, epoch=epoch, loss=values["total"], rate=rate)
                 if not run.console.is_terminal:
@@ -459,7 +464,8 @@ def train(run: Run, until: float = math.inf) -> bool:
 def report(run: Run, data: Path) -> None:
     """The final weights' evaluation on the validation split, in final.evaluation/."""
     precision = "bf16" if run.recipe.precision != "fp32" else "fp32"
-    words = ["--split", "val", "--device", str(run.device), "--batch", str(run.recipe.batch), "--precision", precision]
+    batch = pictures_at_once(run.recipe, run.processes)
+    words = ["--split", "val", "--device", str(run.device), "--batch", str(batch), "--precision", precision]
     words += ["--layout", run.recipe.layout] if run.recipe.layout else []
     arguments = evaluation.parser().parse_args([str(run.out / "final.pt"), "--data", str(data), *words])
     evaluation.run(arguments, run.console, run.console)

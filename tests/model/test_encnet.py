@@ -150,6 +150,8 @@ def test_module_names_are_the_clean_names():
         ({"backbone": "vgg16"}, "backbone must be one of resnet18"),
         ({"output_stride": 4}, "output_stride must be 8 or 16"),
         ({"codewords": 0}, "codewords must be at least 1"),
+        ({"detail": 1}, "detail must be 0 or at least 2, got 1"),
+        ({"detail": -2}, "detail must be 0 or at least 2, got -2"),
         ({"num_classes": 0}, "num_classes must be at least 1"),
         ({"encoding": False, "stage3_presence": True}, "stage3_presence needs encoding"),
     ],

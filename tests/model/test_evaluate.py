@@ -154,6 +154,29 @@ def test_batches_change_no_figure(checkpoint, data, tmp_path):
     assert read(tmp_path / "half")["options"]["precision"] == "bf16"
 
 
+def test_few_pictures_wait_for_others_of_their_size():
+    class Data:
+        def load(self, index):
+            loaded.append(index)
+            size = (8, 8) if index % 6 == 0 else (9, 9 + index)
+            return numpy.zeros((*size, 3), numpy.uint8), numpy.zeros(size, numpy.uint8)
+
+    loaded, given = [], []
+    for group in evaluate._batches(Data(), 60, 4):
+        assert len({truth.shape for _, _, truth in group}) == 1 and len(group) <= 4
+        assert len(loaded) - len(given) <= 4 * 4 + 1
+        given += [index for index, _, _ in group]
+    assert sorted(given) == list(range(60))
+    assert given[:3] == [0, 6, 12], "the largest group goes first"
+
+
+def test_an_unusable_output_is_found_before_the_work(checkpoint, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "build_model", lambda checkpoint: pytest.fail("a model is built"))
+    (tmp_path / "taken").touch()
+    assert run(checkpoint, "--data", data, "--output", tmp_path / "taken") == 2
+    assert capsys.readouterr().err == f"error: --output {tmp_path / 'taken'}: is a file, not a folder\n"
+
+
 def test_limit_and_base_size(checkpoint, data, tmp_path):
     assert run(checkpoint, "--data", data, "--limit", 1, "--base-size", 48, "--scales", "0.5,1") == 0
     document = read(tmp_path / "net.evaluation")

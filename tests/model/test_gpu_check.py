@@ -91,6 +91,15 @@ def test_the_services_targets_are_measured_on_the_cpu_too():
     assert measured["server"]["statuses"].keys() == {"200"}
 
 
+def test_without_the_servers_packages_its_check_is_not_run(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "service.server", raising=False)
+    report = gpu_parts.Report()
+    gpu_service.server(tmp_path / "absent.onnx", "cpu", report, (1,))
+    assert not report.checks
+    assert [reason.partition(":")[0] for reason in report.not_run] == ["the server"]
+
+
 def test_a_part_that_dies_loses_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "SECONDS", {"no such part": 60, "memory": 60})
     file = tmp_path / "results" / "gpu.json"
@@ -100,6 +109,34 @@ def test_a_part_that_dies_loses_nothing_else(tmp_path, monkeypatch, capsys):
     assert "KeyError" in parts["no such part"]["checks"]["no such part ends well"]
     printed = capsys.readouterr().out
     assert "FAILED no such part ends well" in printed and "not run: peak memory" in printed
+
+
+@pytest.mark.parametrize(("total", "status"), [(10, 2), (100, 1)])
+def test_a_part_cut_short_by_the_total_has_not_failed(tmp_path, monkeypatch, total, status):
+    monkeypatch.setattr(gpu_check, "SECONDS", {"memory": 60})
+    monkeypatch.setattr(gpu_check, "TOTAL_SECONDS", total)
+    monkeypatch.setattr(gpu_check, "run_command", lambda command, seconds: (None, ""))
+    file = tmp_path / "gpu.json"
+    assert gpu_check.check("cpu", "a GPU", file, []) == status
+    part = json.loads(file.read_text())["parts"]["memory"]
+    if total == 10:
+        assert part["not_run"] == ["memory: the time was up after 10 s"] and not part["checks"]
+    else:
+        assert part["checks"] == {"memory ends": "not within 60 seconds"} and not part["not_run"]
+
+
+def test_a_kill_leaves_the_results_of_the_last_run(tmp_path, monkeypatch):
+    def killed(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check, "SECONDS", {"memory": 60})
+    monkeypatch.setattr(gpu_check, "run_command", lambda command, seconds: (0, ""))
+    file = tmp_path / "gpu.json"
+    file.write_text("{}")
+    monkeypatch.setattr("os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.check("cpu", "a GPU", file, [])
+    assert file.read_text() == "{}"
 
 
 def test_a_part_that_hangs_is_ended():

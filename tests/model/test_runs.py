@@ -105,6 +105,18 @@ def test_the_ablation_keeps_runs_of_other_options_apart(data, tmp_path, called, 
     assert len(called) == 6
 
 
+def test_the_ablation_writes_into_its_own_folder_once_a_run_is_finished(data, tmp_path, called, capsys):
+    config = gpu_train.RECIPES / "ablation-msrc21.toml"
+    options = ["--data", str(data / "msrc21"), "--config", str(config), "--out", str(tmp_path / "runs")]
+    assert ablation.main([*options, "--seeds", "1", "--minutes", "0", *TINY]) == 0
+    assert not list((tmp_path / "runs").iterdir()), "no run is finished"
+    assert ablation.main([*options, "--seeds", "1", *TINY]) == 0
+    assert len(json.loads((tmp_path / "runs" / "ablation.json").read_text())["rows"]) == 3
+    with pytest.raises(SystemExit):
+        ablation.main([*options, "--seeds", "0", *TINY])
+    assert "argument --seeds: expected a whole number, at least 1, got '0'" in capsys.readouterr().err
+
+
 def test_deltas_pair_runs_of_one_seed():
     values = {"FCN": (0.5, 0.6), "+ Encoding": (0.55, 0.67), "+ Encoding + SE-loss": (0.56,)}
     rows = [
@@ -121,6 +133,18 @@ def test_deltas_pair_runs_of_one_seed():
     assert ablation.cell(first) == "6.00 ± 1.41"
 
 
+def test_the_comparison_is_begun_only_where_there_is_time_for_it(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(reference_positions, "main", lambda words: begun.append(words))
+    for name in ("camvid", gpu_train.WITHOUT_FACTOR):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "final.pt").touch()
+    gpu_train.compare_factor(tmp_path, tmp_path, time.monotonic() + 60)
+    assert not begun
+    gpu_train.compare_factor(tmp_path, tmp_path, time.monotonic() + 600)
+    assert len(begun) == 1
+
+
 def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, monkeypatch, capsys):
     monkeypatch.setattr(gpu_train, "SEEDS", 1)
     monkeypatch.setattr(gpu_train, "MAIN", ("camvid",))
@@ -128,14 +152,14 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
     out = tmp_path / "gpu"
     options = ["--data", str(data), "--out", str(out), *TINY]
     assert gpu_train.main([*options, "--minutes", "0.1"]) == 0
-    assert "5 runs are not finished; the same command goes on" in capsys.readouterr().out
+    assert "6 parts are not finished; the same command goes on" in capsys.readouterr().out
     assert not called
 
     first_piece = iter([True] * 3 + [False])
     whole_advance = runs.advance
     monkeypatch.setattr(gpu_train, "advance", lambda *given: next(first_piece) and whole_advance(*given))
     assert gpu_train.main(options) == 0
-    assert "2 runs are not finished" in capsys.readouterr().out
+    assert "2 parts are not finished" in capsys.readouterr().out
     monkeypatch.setattr(gpu_train, "advance", whole_advance)
     assert gpu_train.main(options) == 0
     assert f"all is in {out / 'results'}" in capsys.readouterr().out

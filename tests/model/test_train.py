@@ -416,6 +416,8 @@ def test_check_data(tmp_path, capsys):
         (["seed=99999999999999999999"], r"seed must be less than 2\^63"),
         (["rotation=1e999"], "rotation must be a finite number, got inf"),
         (["learning_rate=1" + 400 * "0"], "learning_rate must be a finite number, got inf"),
+        (["gamma=15"], "gamma must be 0 to 4, got 15"),
+        (["gamma=-1"], "gamma must be 0 to 4, got -1"),
         (["crop=4"], "crop must be 32 to 16384 pixels, got 4"),
         (["crop=1000000"], "crop must be 32 to 16384 pixels"),
     ],
@@ -450,6 +452,13 @@ def test_learning_rate_schedules():
     assert train.learning_rate_factor(60, 110, poly) == pytest.approx(0.5**0.9)
     cosine = Recipe(schedule="cosine")
     assert train.learning_rate_factor(50, 100, cosine) == pytest.approx(0.5)
+    for recipe in (poly, cosine):
+        assert train.learning_rate_factor(150, 100, recipe) == 0, "past the end"
+
+
+@pytest.mark.parametrize(("accumulate", "processes", "pictures"), [(1, 1, 16), (2, 4, 2), (4, 8, 1)])
+def test_evaluations_run_as_many_pictures_as_training_does(accumulate, processes, pictures):
+    assert train.pictures_at_once(Recipe(batch=16, accumulate=accumulate), processes) == pictures
 
 
 def test_help_names_every_option_with_its_default(capsys):
