@@ -36,7 +36,8 @@ EPILOG = """the file
 examples:
   python -m export runs/final.pt --output street.onnx
   python -m export runs/final.pt --output street-half.onnx --fp16
-  python -m export encnet_resnet50s_ade.pth --output ade.onnx --classes ade20k/classes.json --reference-positions 3600
+  python -m export encnet_resnet50s_ade.pth --output ade.onnx --reference-positions 3600 \\
+      --classes model/layouts/classes/ade20k.json
   python -m export runs/final.pt --output street.onnx --scales 0.5,0.75,1,1.25 --flip
   python -m export street.onnx --triton-repository models
 
