@@ -23,7 +23,7 @@ from export.errors import ExportError, ParityError
 from export.metadata import describe, properties
 from export.whole import whole_model
 from model.arguments import scales
-from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.checkpoint import MOST_BASE_SIZE, Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, read_classes
 from model.files import replacing
 
@@ -105,8 +105,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _pixels(text: str) -> int:
-    if not text.isdecimal() or int(text) < 8:
-        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, at least 8, got {text!r}")
+    if not text.isdecimal() or not 8 <= int(text) <= MOST_BASE_SIZE:
+        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, 8 to {MOST_BASE_SIZE}, got {text!r}")
     return int(text)
 
 

@@ -179,7 +179,14 @@ def test_classes_that_do_not_fit(checkpoint: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    "options", [["--scales", "1,x"], ["--scales", "0"], ["--base-size", "-3"], ["--reference-positions", "nan"]]
+    "options",
+    [
+        ["--scales", "1,x"],
+        ["--scales", "0"],
+        ["--base-size", "-3"],
+        ["--base-size", "16385"],
+        ["--reference-positions", "nan"],
+    ],
 )
 def test_options_that_make_no_sense(checkpoint: Path, tmp_path: Path, options: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
