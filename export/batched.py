@@ -127,11 +127,16 @@ def check_same(whole: bytes, batched: bytes, library: Path | None) -> None:
                 raise ParityError(f"the graph for Triton and the whole graph differ in {name}; nothing is written")
 
 
-def _session(model: bytes, library: Path | None) -> onnxruntime.InferenceSession:
+def kernel_options(library: Path | None) -> onnxruntime.SessionOptions:
+    """Options of a session with the compiled kernel, if one is given. Raises ExportError where it does not load."""
     options = session_options()
     if library:
         try:
             options.register_custom_ops_library(str(library))
         except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
             raise ExportError(f"the compiled kernel {library} does not load: {str(error).splitlines()[0]}") from error
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return options
+
+
+def _session(model: bytes, library: Path | None) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(model, kernel_options(library), providers=["CPUExecutionProvider"])

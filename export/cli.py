@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import io
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from export.errors import ExportError, ParityError
 from export.metadata import describe, properties
 from export.whole import whole_model
 from model.arguments import scales
-from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.checkpoint import MOST_BASE_SIZE, Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, read_classes
 from model.files import replacing
 
@@ -36,12 +37,14 @@ EPILOG = """the file
 examples:
   python -m export runs/final.pt --output street.onnx
   python -m export runs/final.pt --output street-half.onnx --fp16
-  python -m export encnet_resnet50s_ade.pth --output ade.onnx --classes ade20k/classes.json --reference-positions 3600
+  python -m export encnet_resnet50s_ade.pth --output ade.onnx --reference-positions 3600 \\
+      --classes model/layouts/classes/ade20k.json
   python -m export runs/final.pt --output street.onnx --scales 0.5,0.75,1,1.25 --flip
   python -m export street.onnx --triton-repository models
 
 The exit code is 0 when the file is written, 1 when ONNX Runtime and PyTorch disagree, 2 for input that cannot be
-exported. No file is left behind in the latter two cases, and one that was there before stays as it was.
+exported, 130 when it is stopped. In these cases no file is left behind that did not pass the comparison, and one that
+was there before stays as it was.
 """
 
 
@@ -104,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _pixels(text: str) -> int:
-    if not text.isdecimal() or int(text) < 8:
-        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, at least 8, got {text!r}")
+    if not text.isdecimal() or not 8 <= int(text) <= MOST_BASE_SIZE:
+        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, 8 to {MOST_BASE_SIZE}, got {text!r}")
     return int(text)
 
 
@@ -206,6 +209,12 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
         console.print(
             f"to use the compiled kernel, add to config.pbtxt: {written.to_add}", markup=False, soft_wrap=True
         )
+    if written.instances:
+        console.print(
+            f"to use the compiled kernel, replace instance_group in config.pbtxt: {written.instances}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def export_checkpoint(arguments: argparse.Namespace, console: Console, notes: Console) -> onnx.ModelProto:
@@ -213,6 +222,10 @@ def export_checkpoint(arguments: argparse.Namespace, console: Console, notes: Co
     with notes.status("reading the checkpoint") as status:
         checkpoint = with_options(load_checkpoint(arguments.checkpoint), arguments)
         network = build_model(checkpoint)
+        if arguments.triton_repository is not None:
+            triton.check_model(
+                arguments.triton_repository, checkpoint.name, checkpoint.classes, mount=arguments.triton_mount
+            )
 
         status.update(f"translating {checkpoint.config.backbone} to ONNX")
         core = core_model(network, fp16=arguments.fp16)
@@ -280,8 +293,12 @@ def table(comparisons: Sequence[parity.Comparison]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 when the graphs disagree, 2 for input that cannot be exported, each after a sentence on standard error."""
+    """0; 1 when the graphs disagree, 2 for input that cannot be exported, 130 when told to stop.
+
+    Each but the first comes after a sentence on standard error.
+    """
     arguments = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(arguments, Console(), Console(stderr=True))
     except ParityError as error:
@@ -290,4 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ExportError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: stopped before it was done", file=sys.stderr)
+        return 130
     return 0

@@ -7,10 +7,11 @@ asked for or not. These facts are from the sources of Triton's core and of its o
 """
 
 import json
+import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from pathlib import Path
 import numpy
 import onnx
 
-from export.batched import LEAST_SCALE, MOST_SCALE, batched_model, check_same
+from export.batched import LEAST_SCALE, MOST_SCALE, batched_model, check_same, kernel_options
 from export.errors import ExportError
 from export.metadata import FORMAT
+from model.checkpoint import MOST_BASE_SIZE
 from model.files import replacing
+from model.foreign import are_names
 from model.kernels.build import OUTPUT as KERNELS
 
 MAX_BATCH = 8
@@ -64,7 +67,7 @@ output [
   }}
 ]
 version_policy {{ latest {{ num_versions: 1 }} }}
-instance_group [ {{ count: 1 kind: {kind} }} ]
+{instances}
 # What waits is run together, and nothing waits for company. A full queue refuses, as does a wait that is too long.
 dynamic_batching {{
   max_queue_delay_microseconds: 0
@@ -83,6 +86,8 @@ optimization {{
 parameters {{ key: "cudnn_conv_algo_search" value {{ string_value: "1" }} }}
 parameters {{ key: "arena_extend_strategy" value {{ string_value: "1" }} }}
 {library}{warmup}"""
+
+INSTANCES = "instance_group [ {{ count: 1 kind: {kind} }} ]"
 
 LIBRARY = """\
 model_operations {{ op_library_filename: {path} }}
@@ -114,34 +119,30 @@ class Facts:
 class Written:
     """Where a model stands in the repository. `new`: this version was made now; `config_kept`: there was one before.
 
-    `to_add`: what the configuration that was kept lacks to use the compiled kernel, or nothing.
+    `to_add`, `instances`: what the configuration that was kept lacks to use the compiled kernel, and what to put in the
+    place of its instances for that; or nothing.
     """
 
     version: Path
     new: bool
     config_kept: bool
     to_add: str = ""
+    instances: str = ""
 
 
 def facts(whole: onnx.ModelProto, source: Path, name: str | None = None) -> Facts:
     """What a file says about itself, under another name if one is given.
 
-    Raises ExportError for a file that is no whole graph of this command, and for a name that cannot be a folder's.
+    Raises ExportError for a file that is no whole graph of this command, or a damaged one.
     """
     values = {entry.key: entry.value for entry in whole.metadata_props}
     if values.get("format") != FORMAT or values.get("graph") != "whole":
         kind = {"core": "holds the network alone", "batched": "comes from such a repository already"}
         found = kind.get(values.get("graph", ""), "was not written by `python -m export`")
         raise ExportError(f"{source}: {found}; a repository is made from a file with the whole graph")
-    name = values["name"] if name is None else name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ExportError(
-            f"the model's name {name!r} cannot be that of a folder in a repository: letters, digits, '.', '_' and '-' "
-            "can; choose one with --name"
-        )
     try:
-        return Facts(
-            name,
+        described = Facts(
+            values["name"] if name is None else name,
             tuple(json.loads(values["classes"])),
             int(values["base_size"]),
             tuple(json.loads(values["scales"])),
@@ -149,6 +150,26 @@ def facts(whole: onnx.ModelProto, source: Path, name: str | None = None) -> Fact
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ExportError(f"{source}: its metadata is damaged: {error!r}") from error
+    rules = (
+        (are_names(described.classes), "classes"),
+        (1 <= described.base_size <= MOST_BASE_SIZE, "base_size"),
+        (described.scales and all(map(_is_scale, described.scales)), "scales"),
+        (isinstance(described.flip, bool), "flip"),
+    )
+    wrong = [key for holds, key in rules if not holds]
+    if wrong:
+        raise ExportError(f"{source}: its metadata is damaged: wrong values of {', '.join(wrong)}")
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in whole.graph.output}
+    presence = [dimension.dim_value for dimension in shapes.get("presence", ())]
+    if "mask" not in shapes or presence[1:] != [len(described.classes)]:
+        raise ExportError(
+            f"{source}: must have outputs mask and presence, the latter of {len(described.classes)} classes"
+        )
+    return described
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def compiled_kernel() -> Path:
@@ -172,7 +193,7 @@ def config(described: Facts, model: onnx.ModelProto, library: str | None, kind: 
         most=MOST_SCALE,
         mask="TYPE_UINT16" if mask == onnx.TensorProto.UINT16 else "TYPE_UINT8",
         classes=len(described.classes),
-        kind=kind,
+        instances=INSTANCES.format(kind=kind),
         queue_microseconds=QUEUE_SECONDS * 1_000_000,
         max_queue=MAX_QUEUE,
         library=LIBRARY.format(path=json.dumps(library)) if library else "",
@@ -191,6 +212,31 @@ def check_repository(repository: Path) -> None:
         raise ExportError(f"--triton-repository {repository}: the folder {repository.parent} does not exist")
 
 
+def check_model(repository: Path, name: str, classes: Sequence[str], *, mount: str | None = None) -> None:
+    """Raise ExportError where `write` could not put a model of this name into the repository."""
+    check_repository(repository)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ExportError(
+            f"the model's name {name!r} cannot be that of a folder in a repository: letters, digits, '.', '_' and '-' "
+            "can; choose one with --name"
+        )
+    if mount:
+        kernel_options(compiled_kernel())
+    folder = repository / name
+    labels = folder / "labels.txt"
+    same = labels.is_file() and labels.read_bytes() == _labels(classes)
+    if not same and folder.exists() and _holds_a_model(folder):
+        raise ExportError(f"{folder}: is a model with other classes; give this one a name of its own with --name")
+
+
+def _labels(classes: Sequence[str]) -> bytes:
+    return "".join(" ".join(label.split()) + "\n" for label in classes).encode()
+
+
+def _holds_a_model(folder: Path) -> bool:
+    return any(path.name in ("labels.txt", "config.pbtxt") or path.name.isdecimal() for path in folder.iterdir())
+
+
 def write(
     whole: onnx.ModelProto, source: Path, repository: Path, *, name: str | None = None, mount: str | None = None
 ) -> Written:
@@ -201,14 +247,14 @@ def write(
     nothing half-written is left, and what was there stays as it was.
     """
     described = facts(whole, source, name)
-    check_repository(repository)
+    check_model(repository, described.name, described.classes, mount=mount)
     library = compiled_kernel() if mount else None
     model = batched_model(whole)
     data = model.SerializeToString(deterministic=True)
     check_same(whole.SerializeToString(), data, library)
 
     files = {
-        "labels.txt": "".join(" ".join(label.split()) + "\n" for label in described.classes).encode(),
+        "labels.txt": _labels(described.classes),
         "warmup/scales": numpy.array(described.scales, numpy.float32).tobytes(),
         "warmup/flip": numpy.array(described.flip).tobytes(),
     }
@@ -223,8 +269,12 @@ def write(
     if library and path and written.config_kept:
         folder = repository / described.name
         _write(folder / library.name, files[library.name])
-        if path not in (folder / "config.pbtxt").read_text():
-            return replace(written, to_add=LIBRARY.format(path=json.dumps(path)).strip())
+        lines = (folder / "config.pbtxt").read_text(encoding="utf-8", errors="replace").splitlines()
+        said = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+        if path not in said:
+            written = replace(written, to_add=LIBRARY.format(path=json.dumps(path)).strip())
+        if kind == "KIND_CPU" and kind not in said:
+            written = replace(written, instances=INSTANCES.format(kind=kind))
     return written
 
 
@@ -237,9 +287,6 @@ def _place(repository: Path, name: str, files: dict[str, bytes], model: bytes) -
                 _write(stage / path, content)
         return Written(folder / "1", new=True, config_kept=False)
 
-    labels = folder / "labels.txt"
-    if not labels.is_file() or labels.read_bytes() != files["labels.txt"]:
-        raise ExportError(f"{folder}: is a model with other classes; give this one a name of its own with --name")
     config_kept = (folder / "config.pbtxt").exists()
     if not config_kept:
         for path, content in files.items():  # the configuration last: it names the others
@@ -266,6 +313,8 @@ def _staged(parent: Path, target: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir()
+        path.parent.chmod(0o755)
     with replacing(path) as file:
         file.write(content)

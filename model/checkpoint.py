@@ -21,9 +21,10 @@ from model.calibration import Calibration
 from model.config import ModelConfig
 from model.encnet import EncNet
 from model.files import replacing
-from model.foreign import inverse, is_palette, listing, read_foreign, rename
+from model.foreign import are_names, inverse, is_palette, listing, read_foreign, rename
 
 FORMAT = "encnet-serve/1"
+MOST_BASE_SIZE = 16384
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -163,9 +164,12 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
     classes = checkpoint.config.num_classes
     rules = (
         (len(checkpoint.classes) == classes, f"classes must be {classes} names, found {len(checkpoint.classes)}"),
-        (all(isinstance(name, str) for name in checkpoint.classes), "classes must be names, as text"),
+        (are_names(checkpoint.classes), "classes must be names, as text, none empty and none twice"),
         (is_palette(checkpoint.palette, classes), f"palette must be {classes} colours of three numbers in 0..255"),
-        (checkpoint.base_size >= 1, f"base_size must be at least 1 pixel, found {checkpoint.base_size}"),
+        (
+            1 <= checkpoint.base_size <= MOST_BASE_SIZE,
+            f"base_size must be 1 to {MOST_BASE_SIZE} pixels, found {checkpoint.base_size}",
+        ),
         (
             len(checkpoint.mean) == 3 and all(map(_is_number, checkpoint.mean)),
             f"mean must be three numbers, found {listing(map(str, checkpoint.mean))}",
@@ -176,10 +180,9 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
     broken = [message for holds, message in rules if not holds]
     if broken:
         raise ValueError("; ".join(broken))
+    checkpoint.palette = [[int(value) for value in colour] for colour in checkpoint.palette]
     tensorless = [str(key) for key, value in checkpoint.weights.items() if not isinstance(value, Tensor)]
     _raise_for(("weights that are no tensors", tensorless))
-    sparse = [str(key) for key, value in checkpoint.weights.items() if value.layout != torch.strided]
-    _raise_for(("weights that are no dense tensors", sparse))
     check_weights(checkpoint.config, checkpoint.weights)
     return checkpoint
 
@@ -240,10 +243,11 @@ def read_pickle(path: Path) -> Any:
             raise CheckpointError(
                 f"{path}: refused, because besides weights it holds an object of class {refused[1]}, and making one "
                 "runs that class's code; where its library is installed, and if you trust the file, save only the "
-                "weights: "
+                "weights, and give the names of the classes with --classes: "
                 'python -c "import torch; '
-                f"d = torch.load({path.name!r}, map_location='cpu', weights_only=False); "
-                "torch.save({'state_dict': d.get('state_dict', d)}, 'weights.pth')\""
+                f"d = torch.load({str(path.absolute())!r}, map_location='cpu', weights_only=False); "
+                "torch.save({'state_dict': d.state_dict() if hasattr(d, 'state_dict') else d.get('state_dict', d)}, "
+                "'weights.pth')\""
             ) from error
         advice = "weights_only"  # torch's advice to load it unsafely, which is not ours
         reason = message.splitlines()[0] if message and advice not in message else type(error).__name__
@@ -283,6 +287,19 @@ def check_weights(
     check_state(expected, weights, unknown, name)
 
 
+REAL = {
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+}
+
+
 def check_state(
     expected: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
@@ -292,7 +309,8 @@ def check_state(
     """Raise ValueError unless the weights are exactly the expected ones by key and shape, and finite; see above."""
     missing = [name(key) for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
     left_over = [*unknown, *(name(key) for key in weights if key not in expected)]
-    fitting = {key: value for key, value in weights.items() if key in expected}
+    odd = [key for key, value in weights.items() if not _is_dense(value)]
+    fitting = {key: value for key, value in weights.items() if key in expected and key not in odd}
     shapes = [
         f"{name(key)} (expected {tuple(expected[key].shape)}, got {tuple(value.shape)})"
         for key, value in fitting.items()
@@ -300,8 +318,16 @@ def check_state(
     ]
     broken = [name(key) for key, value in fitting.items() if not value.isfinite().all()]
     _raise_for(
-        ("missing keys", missing), ("left-over keys", left_over), ("wrong shapes", shapes), ("NaN or infinite", broken)
+        ("missing keys", missing),
+        ("left-over keys", left_over),
+        ("no dense tensors of real numbers", [name(key) for key in odd]),
+        ("wrong shapes", shapes),
+        ("NaN or infinite", broken),
     )
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.dtype in REAL and value.layout == torch.strided and value.device.type != "meta"
 
 
 def _raise_for(*findings: tuple[str, list[str]]) -> None:

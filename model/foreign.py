@@ -9,8 +9,10 @@ base size of the publishers' usual recipe (520 and 512 pixels).
 
 import re
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -59,6 +61,13 @@ def read_foreign(document: Mapping[str, Any]) -> Foreign:
             f"its keys are those of {source}, but not of an EncNet with a presence head; "
             f"missing keys: {listing(missing)}" + (f"; left-over keys: {listing(unknown)}" if unknown else "")
         )
+    numbers = [
+        theirs
+        for theirs, ours in renamed.items()
+        if ours is not None and state[theirs].dim() == 0 and not ours.endswith("num_batches_tracked")
+    ]
+    if numbers:
+        raise ValueError(f"single numbers where tensors belong: {listing(numbers)}")
     config = infer_config(weights, align_corners=source == PYTORCH_ENCODING)
     meta = document.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
@@ -215,13 +224,26 @@ def described_classes(meta: Mapping[str, Any], num_classes: int) -> tuple[list[s
     """Names and colours from mmsegmentation's `meta` where they fit, else "class 0".. and distinct colours."""
     described = meta.get("dataset_meta")
     described = described if isinstance(described, Mapping) else {}
-    classes = described.get("classes") or meta.get("CLASSES")
-    palette = described.get("palette") or meta.get("PALETTE")
-    if not isinstance(classes, (list, tuple)) or len(classes) != num_classes:
+    classes = _plain(described.get("classes")) or _plain(meta.get("CLASSES"))
+    palette = _plain(described.get("palette")) or _plain(meta.get("PALETTE"))
+    if not isinstance(classes, list) or len(classes) != num_classes or not are_names(classes):
         classes = [f"class {index}" for index in range(num_classes)]
-    if not isinstance(palette, (list, tuple)) or not is_palette(palette, num_classes):
+    if not isinstance(palette, list) or not is_palette(palette, num_classes):
         palette = distinct_palette(num_classes)
     return [str(name) for name in classes], [[int(value) for value in colour] for colour in palette]
+
+
+def _plain(value: Any) -> Any:
+    """The value with lists in place of arrays, tensors and tuples."""
+    if isinstance(value, (numpy.ndarray, Tensor)):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def are_names(classes: Iterable[Any]) -> bool:
+    """Whether they are texts, none empty and none twice."""
+    names = list(classes)
+    return all(isinstance(name, str) and name.strip() for name in names) and len(set(names)) == len(names)
 
 
 def is_palette(palette: Iterable[Any], num_classes: int) -> bool:
@@ -230,7 +252,7 @@ def is_palette(palette: Iterable[Any], num_classes: int) -> bool:
     return len(colours) == num_classes and all(
         isinstance(colour, (list, tuple))
         and len(colour) == 3
-        and all(isinstance(value, int) and 0 <= value <= 255 for value in colour)
+        and all(isinstance(value, Integral) and 0 <= int(value) <= 255 for value in colour)
         for colour in colours
     )
 

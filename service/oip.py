@@ -7,9 +7,9 @@ Every model NAME is there twice: NAME takes pixels, NAME_encoded takes picture f
 | NAME         | UINT8 [-1, -1, -1, 3]       | RGB, upright; all of one size                                           |
 | NAME_encoded | BYTES [-1]                  | files, read as POST /segment reads them; in JSON as base64 or data URIs |
 
-Both take `scales` FP32 [-1] and `flip` BOOL [] as inputs or as parameters, and the other options of POST /segment that
-shape the label map as parameters; what can be a parameter can stand in the query too. Outputs are `mask` and
-`presence`, and `probabilities` where asked for by name.
+Both take `scales` FP32 [-1] and `flip` BOOL [] as inputs or as parameters, and of the other options of POST /segment
+`window`, `stride` and `timeout_ms`, with files `max_side` too, as parameters; what can be a parameter can stand in the
+query too. Outputs are `mask` and `presence`, and `probabilities` where asked for by name; JSON is for small ones.
 """
 
 import asyncio
@@ -40,6 +40,7 @@ from service.oip_codec import (
     TensorSpec,
     accepted_encoding,
     check_inputs,
+    check_json_elements,
     compress,
     decode_base64,
     encode_response,
@@ -65,6 +66,7 @@ EXTENSIONS = (
 OPTIONS = ("scales", "flip", "max_side", "window", "stride", "timeout_ms")
 
 MAX_JSON_BYTES = 8 * 2**20  # Python's lock is held while JSON is parsed, 0.2 s for this much
+MAX_JSON_ELEMENTS = 2**20  # of one output; float32 takes half a second to become text, 20 MB of it
 _OVERHEAD = 64 * 1024  # JSON beside the largest binary tensor, in bytes
 _PHASES = {  # of a request here -> the protocol's words
     "total": "success",
@@ -307,8 +309,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
             outputs = _asked_for(infer_request, outputs_of(pipeline.engine), one.name)
             wanted = any(asked.name == "probabilities" for asked in outputs)
             plan = replace(pipeline.plan(options), probabilities=wanted)
-            if one.encoded and len(pictures) > 1 and _need_one_size(outputs):
-                await _check_sizes(pictures, pipeline, options, deadline)
+            await _check_outputs(outputs, pictures, pipeline, options, deadline)
             async with departure(request) as departed:
                 segment = partial(pipeline.segment, options=options, plan=plan, deadline=deadline, departed=departed)
                 results = await _one_for_each(pictures, segment)
@@ -316,7 +317,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         if infer_request.id is not None:
             head["id"] = infer_request.id
         encoding = accepted_encoding(", ".join(request.headers.getlist("accept-encoding")))
-        write = partial(_write, head, outputs, results, settings.max_pixels, encoding)
+        write = partial(_write, head, outputs, results, encoding)
         (answer, header_length), waited, write_ms = await in_pool(models.workers, write, deadline)
         milliseconds = {
             "decode": read_ms + sum(result.timings["decode"] for result in results),
@@ -444,6 +445,11 @@ def _options(request: InferRequest, query: list[tuple[str, str]], one: Face, set
     timeout = request.parameters.get("timeout", 0)
     if type(timeout) is not int or timeout < 0:
         raise InputError("invalid_option", "parameter timeout must be a whole number of microseconds from 0 on")
+    if timeout > settings.max_timeout_ms * 1000:
+        raise InputError(
+            "invalid_option",
+            f"parameter timeout must be at most {settings.max_timeout_ms * 1000} microseconds; it was {timeout}",
+        )
     if timeout:
         pairs.append(("timeout_ms", str(-(-timeout // 1000))))
     if "scales" in request.inputs:
@@ -512,22 +518,39 @@ def _need_one_size(outputs: tuple[RequestedOutput, ...]) -> bool:
     return any(asked.name != "presence" for asked in outputs)
 
 
-async def _check_sizes(pictures: list[bytes], pipeline: Pipeline, options: Options, deadline: float) -> None:
-    """Raise InputError where the headers of picture files show that their masks make no one tensor.
+async def _check_outputs(
+    outputs: tuple[RequestedOutput, ...], pictures: list[Any], pipeline: Pipeline, options: Options, deadline: float
+) -> None:
+    """Raise InputError where the pictures' sizes show that an output cannot be answered as it is asked for."""
+    in_json = [asked.name for asked in outputs if not asked.binary]
+    if not _need_one_size(outputs) or (len(pictures) == 1 and not in_json):
+        return
+    if isinstance(pictures[0], bytes):
+        width, height = await _check_sizes(pictures, pipeline, options, deadline)
+    else:
+        height, width = pictures[0].shape[:2]
+    classes, pixels = len(pipeline.engine.metadata.classes), len(pictures) * width * height
+    elements = {"mask": pixels, "presence": len(pictures) * classes, "probabilities": pixels * classes}
+    for name in in_json:
+        check_json_elements(name, elements[name], MAX_JSON_ELEMENTS)
+
+
+async def _check_sizes(pictures: list[bytes], pipeline: Pipeline, options: Options, deadline: float) -> tuple[int, int]:
+    """The sides of the masks by the headers of picture files. Raises InputError where they make no one tensor.
 
     Sides that are only swapped may be of one size, by the orientation in the file, and are left to `_write`.
     """
     limits = {"max_bytes": pipeline.settings.max_bytes, "max_pixels": pipeline.settings.max_pixels}
-    first: tuple[int, int] | None = None
+    sizes: list[tuple[int, int]] = []
     for index, picture in enumerate(pictures):
         try:
             stated, _, _ = await in_pool(pipeline.readers, partial(read_size, picture, **limits), deadline)
         except InputError as error:
             raise _named(error, index) from None
-        size = reduced_size(*stated, options.max_side)
-        first = first or size
-        if sorted(size) != sorted(first):
-            raise _sizes_differ(index, size, first)
+        sizes.append(reduced_size(*stated, options.max_side))
+        if sorted(sizes[index]) != sorted(sizes[0]):
+            raise _sizes_differ(index, sizes[index], sizes[0])
+    return sizes[0]
 
 
 def _sizes_differ(index: int, size: tuple[int, int], first: tuple[int, int]) -> InputError:
@@ -542,7 +565,6 @@ def _write(
     head: dict[str, Any],
     outputs: tuple[RequestedOutput, ...],
     results: list[Result],
-    max_json_elements: int,
     encoding: str | None,
 ) -> tuple[bytes, int | None]:
     """The response's body, compressed where asked for, and the length of its JSON before that."""
@@ -552,7 +574,7 @@ def _write(
             if size != sizes[0]:
                 raise _sizes_differ(index, size, sizes[0])
     stacked = [(asked, np.stack([getattr(result.segmentation, asked.name) for result in results])) for asked in outputs]
-    body, header_length = encode_response(head, stacked, max_json_elements=max_json_elements)
+    body, header_length = encode_response(head, stacked, max_json_elements=MAX_JSON_ELEMENTS)
     return compress(body, encoding) if encoding else body, header_length
 
 

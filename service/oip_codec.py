@@ -21,6 +21,7 @@ import gzip
 import json
 import math
 import re
+import string
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -189,9 +190,13 @@ def check_inputs(inputs: Mapping[str, InputTensor], specs: Sequence[TensorSpec],
 
 
 def decode_base64(text: bytes, where: str) -> bytes:
-    """Base64, with or without the head of a data URI -> the bytes; raises InputError that begins with `where`."""
+    """Base64, with or without line breaks and the head of a data URI -> the bytes.
+
+    Raises InputError that begins with `where`.
+    """
+    joined = text.translate(None, string.whitespace.encode())
     try:
-        return base64.b64decode(_DATA_URI.sub("", text.decode("ascii"), count=1), validate=True)
+        return base64.b64decode(_DATA_URI.sub("", joined.decode("ascii"), count=1), validate=True)
     except (ValueError, binascii.Error):
         raise _bad(f"{where} must be base64 where it is sent in JSON, or else be sent as binary data") from None
 
@@ -458,15 +463,20 @@ def encode_response(
         if output.binary:
             tensors.append(np.ascontiguousarray(array, DTYPES[datatype]))
             described.append(json.dumps({**entry, "parameters": {"binary_data_size": array.nbytes}}))
-        elif array.size > max_json_elements:
-            raise _bad(
-                f"output {output.name} has {array.size} elements, more than the {max_json_elements} that are sent as "
-                "JSON; ask for it with binary_data true",
-            )
         else:
+            check_json_elements(output.name, array.size, max_json_elements)
             described.append(_fill(json.dumps({**entry, "data": []}), _json_elements(array)))
     header = _fill(json.dumps({**head, "outputs": []}), ", ".join(described)).encode()
     return (b"".join([header, *tensors]), len(header)) if tensors else (header, None)
+
+
+def check_json_elements(name: str, count: int, most: int) -> None:
+    """Raise InputError where an output that is to go as JSON has too many elements."""
+    if count > most:
+        raise _bad(
+            f"output {name} has {count} elements, more than the {most} that are sent as JSON; "
+            "ask for it with binary_data true"
+        )
 
 
 def accepted_encoding(accept_encoding: str | None) -> str | None:

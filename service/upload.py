@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 import re
+import string
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def _from_json(body: bytes, query: list[tuple[str, str]]) -> Upload:
     if not start:
         raise InputError("missing_image", "image must be a data URI, as in data:image/png;base64,iVBORw0...")
     try:
-        return Upload(base64.b64decode(image[start.end() :], validate=True), options)
+        joined = image[start.end() :].encode("ascii").translate(None, string.whitespace.encode())
+        return Upload(base64.b64decode(joined, validate=True), options)
     except (binascii.Error, ValueError):
         raise InputError("invalid_body", "the data URI in image is not valid base64") from None
 

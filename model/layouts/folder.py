@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model.layouts.split import LabelRule, Layout, Split, identity, read_classes, read_ids, require
+from model.layouts.split import DataError, LabelRule, Layout, Split, identity, read_classes, read_ids, require
 from model.losses import IGNORE
 
 CLEAN = "labels_clean"
@@ -11,6 +11,11 @@ CLEAN_SOURCE = "the labels of Malisiewicz and Efros (BMVC 2007), converted as th
 
 def list_split(root: Path, split: str, labels: str = "labels") -> Split:
     classes, palette = read_classes(root / "classes.json")
+    if len(classes) > IGNORE:
+        raise DataError(
+            f"{root / 'classes.json'}: at most {IGNORE} classes fit a label map whose {IGNORE} means ignore, "
+            f"found {len(classes)}"
+        )
     ids = read_ids(root / "splits" / f"{split}.txt")
     pairs = []
     for identifier in ids:

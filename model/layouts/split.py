@@ -46,6 +46,8 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, with or without a byte order mark. Raises DataError where it is none."""
     try:
         return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as UTF-8 text: {error}") from error
 
@@ -126,24 +128,26 @@ class Layout:
 def read_classes(path: Path) -> tuple[list[str], list[list[int]]]:
     """Names and colours from a classes.json: {"classes": [{"id": 0, "name": "sky", "color": [128, 128, 128]}, ...]}.
 
-    Raises DataError when it is not such a file, the ids are not 0..C-1 or two classes have one name.
+    Raises DataError when it is not such a file, the ids are not 0..C-1 or a class has no name of its own.
     """
     text = read_text(path)
     try:
         entries = sorted(json.loads(text)["classes"], key=lambda entry: entry["id"])
-        names = [str(entry["name"]) for entry in entries]
-        palette = [[int(value) for value in entry["color"]] for entry in entries]
+        names = [entry["name"] for entry in entries]
+        palette = [list(entry["color"]) for entry in entries]
         ids = [entry["id"] for entry in entries]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{path}: expected {{"classes": [{{"id", "name", "color"}}, ...]}}: {error!r}') from error
     if ids != list(range(len(ids))) or not ids or any(type(number) is not int for number in ids):
         raise DataError(f"{path}: class ids must be 0, 1, 2, ... without gaps, found {ids[:20]}")
-    if len(ids) > IGNORE:
-        raise DataError(f"{path}: at most {IGNORE} classes fit a label map whose 255 means ignore, found {len(ids)}")
+    if nameless := [index for index, name in enumerate(names) if not isinstance(name, str) or not name.strip()]:
+        raise DataError(f"{path}: a name must be a text that is not empty, found others at ids {nameless[:20]}")
     if twice := repeated(names):
         raise DataError(f"{path}: every class needs a name of its own, found {', '.join(twice)} more than once")
-    if any(len(colour) != 3 or not all(0 <= value <= 255 for value in colour) for colour in palette):
-        raise DataError(f"{path}: a color must be three numbers in 0..255")
+    if any(
+        len(colour) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in colour) for colour in palette
+    ):
+        raise DataError(f"{path}: a color must be three whole numbers in 0..255")
     return names, palette
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -179,12 +180,38 @@ def test_classes_that_do_not_fit(checkpoint: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    "options", [["--scales", "1,x"], ["--scales", "0"], ["--base-size", "-3"], ["--reference-positions", "nan"]]
+    "options",
+    [
+        ["--scales", "1,x"],
+        ["--scales", "0"],
+        ["--base-size", "-3"],
+        ["--base-size", "16385"],
+        ["--reference-positions", "nan"],
+    ],
 )
 def test_options_that_make_no_sense(checkpoint: Path, tmp_path: Path, options: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         export(checkpoint, "--output", tmp_path / "x.onnx", *options)
     assert stopped.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("translated")
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_leaves_nothing(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    told: signal.Signals,
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(parity, "compare_core", lambda *arguments: signal.raise_signal(told))
+    try:
+        assert export(checkpoint, "--output", tmp_path / "x.onnx") == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.splitlines()[-1] == "error: stopped before it was done"
     assert not list(tmp_path.iterdir())
 
 

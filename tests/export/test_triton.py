@@ -1,6 +1,7 @@
 """`python -m export ... --triton-repository`: what it writes is what Triton's ONNX Runtime backend loads and runs."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -375,6 +376,64 @@ def test_what_cannot_be_put_into_a_repository(
         assert part in refused(capsys, tmp_path, source, "--triton-repository", models)
 
 
+def test_a_damaged_file_is_refused(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "damaged.onnx"
+    for key, value in (
+        ("name", None),
+        ("classes", "[1, 2, 3, 4]"),
+        ("classes", '["a", "a", "b", "c"]'),
+        ("base_size", "0"),
+        ("scales", "[]"),
+        ("scales", '["1"]'),
+        ("flip", "1"),
+    ):
+        values = {**METADATA, key: value}
+        model = tiny_model()
+        onnx.helper.set_model_props(model, {key: value for key, value in values.items() if value is not None})
+        onnx.save(model, damaged)
+        sentence = refused(capsys, tmp_path, damaged, "--triton-repository", tmp_path / "models")
+        assert "its metadata is damaged" in sentence
+        assert key in sentence
+    for name in ("mask", "presence"):
+        model = tiny_model()
+        model.graph.output.remove(next(value for value in model.graph.output if value.name == name))
+        onnx.save(model, damaged)
+        sentence = refused(capsys, tmp_path, damaged, "--triton-repository", tmp_path / "models")
+        assert "must have outputs mask and presence" in sentence
+
+
+@pytest.mark.parametrize("fault", ["name", "kernel", "labels"])
+def test_what_cannot_be_put_there_is_told_before_the_export(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(triton, "KERNELS", tmp_path)
+    monkeypatch.setattr(cli, "core_model", None)
+    save_checkpoint(tmp_path / "small.pt", small_checkpoint(exported_network()[0]))
+    (tmp_path / "models" / "street").mkdir(parents=True)
+    (tmp_path / "models" / "street" / "labels.txt").write_text("other\n")
+    name = {"name": "a/b", "kernel": "new", "labels": "street"}[fault]
+    options = ["--triton-mount", "/models"] if fault == "kernel" else []
+    output = ["--output", tmp_path / "x.onnx", "--triton-repository", tmp_path / "models", "--name", name]
+    sentence = refused(capsys, tmp_path, tmp_path / "small.pt", *output, *options)
+    assert {"name": "cannot be that of a folder", "kernel": "make kernels", "labels": "other classes"}[
+        fault
+    ] in sentence
+
+
+def test_a_folder_without_a_model_takes_one_that_all_can_read(tiny_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "encnet-tiny"
+    folder.mkdir(parents=True)
+    mask = os.umask(0o077)
+    try:
+        assert export(tiny_file, "--triton-repository", tmp_path / "models") == 0
+        assert export(tiny_file, "--triton-repository", tmp_path / "models", "--name", "another") == 0
+    finally:
+        os.umask(mask)
+    Backend(folder)
+    for path in (*folder.rglob("*"), *(tmp_path / "models" / "another").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
+
+
 def test_options_that_do_not_go_together(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = tmp_path / "models"
     for arguments, part in (
@@ -422,19 +481,25 @@ def test_the_kernel_goes_along_and_is_named_where_triton_finds_it(
 def test_a_configuration_that_is_kept_is_told_what_the_kernel_needs(
     tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(triton, "KERNELS", kernels.LIBRARY.parent)
+    monkeypatch.setattr(triton, "KERNELS", tmp_path)
+    shutil.copy(kernels.LIBRARY, tmp_path)
     models = tmp_path / "models"
     folder = models / "encnet-tiny"
     assert export(tiny_file, "--triton-repository", models) == 0
+    with (folder / "config.pbtxt").open("ab") as file:
+        file.write(f"# KIND_CPU, {folder / kernels.LIBRARY.name}\n# gepr\u00fcft\n".encode("latin-1"))
     assert export(tiny_file, "--triton-repository", models, "--triton-mount", models) == 0
-    *_, line = capsys.readouterr().out.splitlines()
+    *_, line, other = capsys.readouterr().out.splitlines()
     said, _, to_add = line.partition("config.pbtxt: ")
     assert said == "to use the compiled kernel, add to "
-    with (folder / "config.pbtxt").open("a") as file:
-        file.write(to_add)
+    said, _, instances = other.partition("config.pbtxt: ")
+    assert said == "to use the compiled kernel, replace instance_group in "
+    text = (folder / "config.pbtxt").read_text(encoding="latin-1")
+    assert text.count(instances.replace("KIND_CPU", "KIND_AUTO")) == 1
+    (folder / "config.pbtxt").write_text(text.replace(instances.replace("KIND_CPU", "KIND_AUTO"), instances) + to_add)
     assert list(Backend(folder).config.model_operations.op_library_filename) == [str(folder / kernels.LIBRARY.name)]
     assert export(tiny_file, "--triton-repository", models, "--triton-mount", models) == 0
-    assert "add to" not in capsys.readouterr().out
+    assert "to use" not in capsys.readouterr().out
 
 
 def test_a_graph_that_answers_differently_is_not_written(

@@ -4,12 +4,23 @@ import collections
 import fractions
 import hashlib
 import pickle
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from model.calibration import Calibration
-from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint, save_checkpoint
+from model.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    CheckpointError,
+    build_model,
+    load_checkpoint,
+    read_pickle,
+    save_checkpoint,
+)
 from model.config import ModelConfig
 from model.encnet import EncNet
 
@@ -145,8 +156,18 @@ def test_a_refused_class_is_named_with_a_way_out(tmp_path, zip_file):
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(path)
     assert "class fractions.Fraction" in str(error.value)
-    assert "torch.load('theirs.pth', map_location='cpu', weights_only=False)" in str(error.value)
+    assert f"torch.load('{path}', map_location='cpu', weights_only=False)" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_way_out_works_for_a_whole_module(tmp_path):
+    path = tmp_path / "theirs.pth"
+    torch.save(torch.nn.Linear(1, 1), path)
+    with pytest.raises(CheckpointError, match="--classes") as error:
+        load_checkpoint(path)
+    _, option, code = shlex.split(str(error.value).partition("--classes: ")[2])
+    assert subprocess.run([sys.executable, option, code], cwd=tmp_path, timeout=120).returncode == 0
+    assert set(read_pickle(tmp_path / "weights.pth")["state_dict"]) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize(
@@ -157,19 +178,22 @@ def test_a_refused_class_is_named_with_a_way_out(tmp_path, zip_file):
         ({"colour": 1}, "left-over fields: colour"),
         ({"classes": ["road"]}, "classes must be 2 names, found 1"),
         ({"palette": [[1, 2, 3], [4, 5, 256]]}, "palette must be 2 colours"),
-        ({"base_size": 0, "std": [1.0, 0.0, 1.0]}, "base_size must be at least 1 pixel, found 0; std must be three"),
+        ({"base_size": 0, "std": [1.0, 0.0, 1.0]}, "base_size must be 1 to 16384 pixels, found 0; std must be three"),
         ({"mean": [0.5]}, "mean must be three numbers, found 0.5"),
         ({"mean": ["a", "b", "c"]}, "mean must be three numbers, found a, b, c"),
         ({"std": ["1", "1", "1"]}, "std must be three positive numbers"),
         ({"std": [1.0, float("inf"), 1.0]}, "std must be three positive numbers"),
         ({"scales": ["1"]}, "scales must be positive numbers"),
         ({"classes": [1, 2]}, "classes must be names, as text"),
+        ({"classes": ["road", "road"]}, "classes must be names, as text, none empty and none twice"),
+        ({"classes": ["road", ""]}, "classes must be names, as text, none empty and none twice"),
+        ({"base_size": 16385}, "base_size must be 1 to 16384 pixels, found 16385"),
         ({7: 1, "colour": 1}, "left-over fields: 7, colour"),
         ({"config": {"num_classes": 2, 7: 1, "colour": 1}}, "unknown model option 7, colour"),
         ({"config": {"num_classes": 2, "channels": "16"}}, "model options of a wrong type: channels ('16')"),
         ({"config": {"num_classes": 2, "encoding": 1}}, "model options of a wrong type: encoding (1)"),
         ({"weights": {7: torch.zeros(2)}}, "left-over keys: 7"),
-        ({"weights": {"a": torch.eye(2).to_sparse()}}, "weights that are no dense tensors: a"),
+        ({"weights": {"a": torch.eye(2).to_sparse()}}, "no dense tensors of real numbers: a"),
         ({"scales": []}, "scales must be positive numbers"),
         ({"format": "encnet-serve/2"}, "'encnet-serve/2' was written by a newer version; this one reads"),
         ({"format": "other"}, "unknown format 'other'"),
@@ -219,6 +243,24 @@ def test_weights_that_do_not_fit_are_listed(path):
         "NaN or infinite: backbone.bn1.bias",
     ):
         assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(64, dtype=torch.complex64),
+        torch.zeros(64, dtype=torch.float8_e4m3fn),
+        torch.zeros(64, device="meta"),
+        torch.zeros(64).to_sparse(),
+    ],
+    ids=["complex", "float8", "meta", "sparse"],
+)
+def test_weights_that_are_no_dense_real_numbers_are_listed(path, odd):
+    changed = document(path)
+    changed["weights"]["backbone.bn1.bias"] = odd
+    torch.save(changed, path)
+    with pytest.raises(CheckpointError, match=r"no dense tensors of real numbers: backbone\.bn1\.bias$"):
+        load_checkpoint(path)
 
 
 def test_a_long_list_ends_in_a_count(path):

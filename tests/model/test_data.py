@@ -93,7 +93,12 @@ def test_a_colour_label_map(tmp_path):
     ("name", "content", "words"),
     [
         ("classes.json", '{"classes": [{"id": 1, "name": "a", "color": [0, 0, 0]}]}', "ids must be 0, 1, 2"),
-        ("classes.json", '{"classes": [{"id": 0, "name": "a", "color": [0, 0, 999]}]}', "three numbers in 0..255"),
+        ("classes.json", '{"classes": [{"id": 0, "name": "a", "color": [0, 0, 999]}]}', "whole numbers in 0..255"),
+        ("classes.json", '{"classes": [{"id": 0, "name": "a", "color": [1e999, 0, 0]}]}', "whole numbers in 0..255"),
+        ("classes.json", '{"classes": [{"id": 0, "name": "a", "color": [1.9, 0, 0]}]}', "whole numbers in 0..255"),
+        ("classes.json", '{"classes": [{"id": 0, "name": null, "color": [0, 0, 0]}]}', "a text that is not empty"),
+        ("classes.json", '{"classes": [{"id": 0, "name": ["x"], "color": [0, 0, 0]}]}', "a text that is not empty"),
+        ("classes.json", '{"classes": [{"id": 0, "name": "", "color": [0, 0, 0]}]}', "a text that is not empty"),
         ("classes.json", "not json", "expected"),
         ("splits/train.txt", "", "the split is empty"),
         ("splits/train.txt", "a\nb\na\n", "a split has every picture once, found a more than once"),
@@ -175,3 +180,14 @@ def test_what_is_no_data_set(tmp_path):
 def test_classes_are_read_in_the_order_of_their_ids(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"classes": CLASSES[::-1]}))
     assert read_classes(tmp_path / "c.json") == (["sky", "road"], [[0, 0, 255], [90, 90, 90]])
+    with pytest.raises(DataError, match=r"absent\.json: no such file$"):
+        read_classes(tmp_path / "absent.json")
+
+
+def test_names_may_be_more_than_a_label_map_holds(tmp_path):
+    path = write_folder(tmp_path) / "classes.json"
+    entries = [{"id": index, "name": f"class {index}", "color": [0, 0, 0]} for index in range(256)]
+    path.write_text(json.dumps({"classes": entries}))
+    assert len(read_classes(path)[0]) == 256
+    with pytest.raises(DataError, match="at most 255 classes fit a label map whose 255 means ignore, found 256"):
+        open_dataset(tmp_path, "train")

@@ -249,6 +249,16 @@ def test_classes_of_the_newer_meta_and_classes_that_do_not_fit():
     assert described_classes(new, 2) == (["a", "b"], [[1, 2, 3], [4, 5, 6]])
     assert described_classes(new, 3) == (["class 0", "class 1", "class 2"], distinct_palette(3))
     assert described_classes({"CLASSES": ("a",), "PALETTE": None}, 1) == (["a"], distinct_palette(1))
+    for names in (("a", "a"), ("a", ""), ("a", None)):
+        assert described_classes({"CLASSES": names}, 2) == (["class 0", "class 1"], distinct_palette(2))
+
+
+@pytest.mark.parametrize("kind", [numpy.array, lambda colours: [[numpy.int64(v) for v in c] for c in colours]])
+def test_colours_may_be_numpys(kind):
+    names, colours = ["a", "b"], [[1, 2, 3], [4, 5, 6]]
+    new = {"dataset_meta": {"classes": numpy.array(names), "palette": kind(colours)}}
+    assert described_classes(new, 2) == (names, colours)
+    assert described_classes({"CLASSES": names, "PALETTE": kind(colours)}, 2) == (names, colours)
 
 
 def test_palette_follows_the_voc_formula():
@@ -290,6 +300,20 @@ def test_wrong_shapes_and_nan_are_named(tmp_path):
     assert "left-over keys: head.fusion.0.weight" in str(error.value)
     assert "wrong shapes: head.conv5.1.bias (expected (16,), got (3,))" in str(error.value)
     assert "NaN or infinite: head.conv6.1.bias" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["head.conv6.1.weight", "pretrained.conv1.0.weight"])
+def test_a_number_in_the_place_of_a_tensor(tmp_path, key):
+    state = {**zeros(CONFIG, PYTORCH_ENCODING), key: torch.tensor(1.0)}
+    with pytest.raises(CheckpointError, match=f"single numbers where tensors belong: {key}"):
+        load_checkpoint(save(tmp_path / "theirs.pth", state))
+
+
+def test_sparse_weights_are_named(tmp_path):
+    state = zeros(CONFIG, PYTORCH_ENCODING)
+    state["head.conv6.1.bias"] = state["head.conv6.1.bias"].to_sparse()
+    with pytest.raises(CheckpointError, match=r"no dense tensors of real numbers: head\.conv6\.1\.bias"):
+        load_checkpoint(save(tmp_path / "theirs.pth", state))
 
 
 def test_an_unknown_stem(tmp_path):

@@ -28,6 +28,7 @@ from starlette.testclient import TestClient
 from tiny_model import CLASSES, METADATA, encoded, tiny_model
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from service import oip
 from service.app import create_app
 from service.engine import Engine
 from service.models import Models
@@ -429,7 +430,8 @@ def test_statistics(call: Call, batch: np.ndarray) -> None:
          {"parameters": {"scale": "1"}}),
         ("422", "scales must each be from 0.25 to 3", "tiny", np.zeros((1, 2, 2, 3), np.uint8),
          {"parameters": {"scales": "9"}}),
-        ("422", "timeout_ms must be at most 300000", "tiny", np.zeros((1, 2, 2, 3), np.uint8), {"timeout": 10**12}),
+        ("422", "parameter timeout must be at most 300000000 microseconds", "tiny",
+         np.zeros((1, 2, 2, 3), np.uint8), {"timeout": 10**12}),
         ("415", "not a picture", "tiny_encoded", files(b"nothing that is a picture"), {}),
         ("400", "the picture file is empty", "tiny_encoded", files(b""), {}),
     ],
@@ -496,11 +498,33 @@ def test_inputs_missing_and_unknown(call: Call, batch: np.ndarray) -> None:
         call("infer", "tiny", [tensor("image", batch), scales], parameters={"scales": "2"})
 
 
-def test_json_outputs_are_bounded(call: Call) -> None:
+def test_json_outputs_are_bounded(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oip, "MAX_JSON_ELEMENTS", 60_000)
     image = tensor("image", np.zeros((1, 200, 300, 3), np.uint8))
     with pytest.raises(InferenceServerException, match=r"probabilities has 240000 elements.*binary_data true"):
         call("infer", "tiny", [image], outputs=[asked("probabilities", False)])
     assert call("infer", "tiny", [image], outputs=[asked("mask", False)]).as_numpy("mask").shape == (1, 200, 300)
+
+
+def test_json_outputs_that_are_too_large_are_told_before_a_run(
+    client_with: Callable[..., TestClient], batch: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oip, "MAX_JSON_ELEMENTS", 33 * 47 - 1)
+    client = client_with()
+    models = client.app.state.models
+    runs: list[Any] = []
+    models.pipeline().on_answer = runs.append
+    pixels = {"name": "image", "datatype": "UINT8", "shape": [1, *batch[0].shape], "data": batch[:1].ravel().tolist()}
+    file = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(encoded(batch[0])).decode()]}
+    for name, image in ((models.default, pixels), (f"{models.default}_encoded", file)):
+        refused = client.post(f"/v2/models/{name}/infer", json={"inputs": [image]})
+        assert (refused.status_code, runs) == (400, [])
+        assert "mask has 1551 elements" in refused.json()["error"]
+        presence = {"inputs": [image], "outputs": [{"name": "presence"}]}
+        assert client.post(f"/v2/models/{name}/infer", json=presence).status_code == 200
+        runs.clear()
+    reduced = {"inputs": [file], "parameters": {"max_side": 46}}
+    assert client.post(f"/v2/models/{models.default}_encoded/infer", json=reduced).status_code == 200
 
 
 @pytest.mark.parametrize(

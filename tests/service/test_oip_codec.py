@@ -305,7 +305,8 @@ def test_base64_with_and_without_a_data_uri() -> None:
     text = base64.b64encode(plain)
     assert decode_base64(text, "image[0]") == plain
     assert decode_base64(b"data:image/png;base64," + text, "image[0]") == plain
-    for wrong in (b"not base64!", b"abc", "ż".encode(), text + b"\n"):
+    assert decode_base64(base64.encodebytes(plain * 20), "image[0]") == plain * 20
+    for wrong in (b"not base64!", b"abc", "ż".encode()):
         assert refusal(decode_base64, wrong, "image[0]").message.startswith("image[0] must be base64")
 
 

@@ -197,6 +197,12 @@ def test_json_bodies_carry_picture_and_options(client: TestClient, engine: Engin
     np.testing.assert_array_equal(mask, np.where(np.isin(direct, (1, 2)), direct, 255))
 
 
+def test_base64_with_line_breaks_as_a_shell_writes_it(client: TestClient, noisy: np.ndarray) -> None:
+    broken = "data:image/png;base64,\n" + base64.encodebytes(encoded(noisy)).decode().replace("\n", "\r\n")
+    answers = [client.post("/segment", json={"image": text}).json() for text in (broken, data_uri(noisy))]
+    assert answers[0]["mask"] == answers[1]["mask"]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
