@@ -161,7 +161,7 @@ class Engine:
         self._session = _open_session(model, execution_providers(device, gpu_memory_limit), threads)
         self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, model)
         self._mask_type = np.uint16 if len(self.metadata.classes) > 255 else np.uint8
-        _check_graph(self._session, model, len(self.metadata.classes))
+        _check_graph(self._session, model, len(self.metadata.classes), np.dtype(self._mask_type).name)
         self.device: Literal["cpu", "cuda"] = (
             "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         )
@@ -250,16 +250,16 @@ class Engine:
         started = time.perf_counter()
         try:
             if plan.window:
-                try:
-                    answers = [self._windows(session, image, plan, options) for image in images]
-                finally:
-                    self._let_memory_go(session)
+                answers = [self._windows(session, image, plan, options) for image in images]
             else:
                 answers = self._views(session, images, plan, options)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
             if options.terminate:
                 raise Stopped("the run was told to stop") from error
             raise
+        finally:
+            if plan.window:
+                self._let_memory_go(session)
         infer_ms = (time.perf_counter() - started) * 1000
         return [
             Segmentation(mask, presence, plan.scales, plan.flip, infer_ms, probabilities, len(images))
@@ -399,7 +399,7 @@ def _open_session(model: Path, providers: list[Any], threads: int) -> ort.Infere
         raise ModelError(f"ONNX Runtime cannot load {model}: {reason}") from error
 
 
-def _check_graph(session: ort.InferenceSession, file: Path, classes: int) -> None:
+def _check_graph(session: ort.InferenceSession, file: Path, classes: int, mask_type: str) -> None:
     inputs = {node.name: node.type for node in session.get_inputs()}
     outputs = {node.name: node for node in session.get_outputs()}
     if inputs != _INPUTS or not outputs.keys() >= set(_OUTPUTS):
@@ -407,9 +407,9 @@ def _check_graph(session: ort.InferenceSession, file: Path, classes: int) -> Non
             f"{file} is not a whole-inference graph: it maps {', '.join(inputs)} to {', '.join(sorted(outputs))}, "
             f"where {', '.join(_INPUTS)} to {', '.join(_OUTPUTS)} are needed; {HOW_TO_EXPORT}"
         )
-    wanted = {"mask": f"tensor(uint{16 if classes > 255 else 8})"}
     for name in _OUTPUTS:
-        if (found := outputs[name].type) != (needed := wanted.get(name, "tensor(float)")):
+        found, needed = outputs[name].type, f"tensor({mask_type if name == 'mask' else 'float'})"
+        if found != needed:
             raise ModelError(f"{file} gives {name} as {found}, where {needed} is needed; {HOW_TO_EXPORT}")
     scores = outputs["presence"].shape[-1]
     if isinstance(scores, int) and scores != classes:
