@@ -7,7 +7,6 @@ asked for or not. These facts are from the sources of Triton's core and of its o
 """
 
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ import onnx
 from export.batched import LEAST_SCALE, MOST_SCALE, batched_model, check_same, kernel_options
 from export.errors import ExportError
 from export.metadata import FORMAT
-from model.checkpoint import MOST_BASE_SIZE
+from model.checkpoint import MOST_BASE_SIZE, is_positive
 from model.files import replacing
 from model.foreign import are_names
 from model.kernels.build import OUTPUT as KERNELS
@@ -153,7 +152,7 @@ def facts(whole: onnx.ModelProto, source: Path, name: str | None = None) -> Fact
     rules = (
         (are_names(described.classes), "classes"),
         (1 <= described.base_size <= MOST_BASE_SIZE, "base_size"),
-        (described.scales and all(map(_is_scale, described.scales)), "scales"),
+        (described.scales and all(map(is_positive, described.scales)), "scales"),
         (isinstance(described.flip, bool), "flip"),
     )
     wrong = [key for holds, key in rules if not holds]
@@ -166,10 +165,6 @@ def facts(whole: onnx.ModelProto, source: Path, name: str | None = None) -> Fact
             f"{source}: must have outputs mask and presence, the latter of {len(described.classes)} classes"
         )
     return described
-
-
-def _is_scale(value: object) -> bool:
-    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def compiled_kernel() -> Path:

@@ -174,8 +174,8 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
             len(checkpoint.mean) == 3 and all(map(_is_number, checkpoint.mean)),
             f"mean must be three numbers, found {listing(map(str, checkpoint.mean))}",
         ),
-        (len(checkpoint.std) == 3 and all(map(_is_positive, checkpoint.std)), "std must be three positive numbers"),
-        (checkpoint.scales and all(map(_is_positive, checkpoint.scales)), "scales must be positive numbers"),
+        (len(checkpoint.std) == 3 and all(map(is_positive, checkpoint.std)), "std must be three positive numbers"),
+        (checkpoint.scales and all(map(is_positive, checkpoint.scales)), "scales must be positive numbers"),
     )
     broken = [message for holds, message in rules if not holds]
     if broken:
@@ -191,7 +191,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> bool:
+    """Whether it is a finite number above 0."""
     return _is_number(value) and value > 0
 
 
