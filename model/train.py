@@ -242,9 +242,13 @@ class Run:
             raise RecipeError(f"weights are NaN or infinite at step {self.step}: {advice}")
 
     def start_from(self, checkpoint: Checkpoint) -> None:
-        """Take another run's weights instead of random ones. Raises RecipeError where they are for another network."""
+        """Take another run's weights instead of random ones. Raises RecipeError where they are for another network.
+
+        Dropout and stochastic depth may differ: a later stage may be trained with more or less of them.
+        """
         theirs, ours = dataclasses.asdict(checkpoint.config), dataclasses.asdict(self.network.config)
-        differing = [f"{key}={theirs[key]} (here {ours[key]})" for key in ours if theirs[key] != ours[key]]
+        must_agree = [key for key in ours if key not in ("dropout", "drop_path")]
+        differing = [f"{key}={theirs[key]} (here {ours[key]})" for key in must_agree if theirs[key] != ours[key]]
         if differing:
             raise RecipeError(f"--initial holds another network: {', '.join(differing)}")
         if self.rank == 0:

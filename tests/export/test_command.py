@@ -205,12 +205,14 @@ def test_a_command_that_is_stopped_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     told: signal.Signals,
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the suite runs in the background
     monkeypatch.setattr(parity, "compare_core", lambda *arguments: signal.raise_signal(told))
     try:
         assert export(checkpoint, "--output", tmp_path / "x.onnx") == 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert capsys.readouterr().err.splitlines()[-1] == "error: stopped before it was done"
     assert not list(tmp_path.iterdir())
 

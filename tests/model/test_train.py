@@ -306,7 +306,7 @@ def test_a_run_can_start_from_anothers_weights(scenes, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert train.main(["--data", str(scenes), "--out", str(first), *TINY, "epochs=1"]) == 0
     given = ["--data", str(scenes), "--out", str(second), "--initial", str(first / "final.pt")]
-    still = ["epochs=1", "learning_rate=1e-12", "weight_decay=0.0"]
+    still = ["epochs=1", "learning_rate=1e-12", "weight_decay=0.0", "drop_path=0.1", "dropout=0.2"]
     assert train.main([*given, *TINY, *still]) == 0
     weights = [
         load_checkpoint(folder / "final.pt").weights["head.bottleneck.conv.weight"] for folder in (first, second)

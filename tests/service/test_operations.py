@@ -179,15 +179,15 @@ def test_settings_read_models_keys_and_origins_from_the_environment(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "encnet.env").write_text("ENCNET_PORT=9001\nENCNET_MAX_SCALES=3\n")
     monkeypatch.setenv("ENCNET_MODELS", "night=a/night.onnx, day=b.onnx")
-    monkeypatch.setenv("ENCNET_API_KEYS", "one, two")
+    monkeypatch.setenv("ENCNET_API_KEYS", "sesame-1, sesame-2")
     monkeypatch.setenv("ENCNET_CORS_ORIGINS", "https://a.example")
     monkeypatch.setenv("ENCNET_PORT", "9002")
     settings = Settings()
     assert settings.models == {"night": Path("a/night.onnx"), "day": Path("b.onnx")}
-    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+    assert [key.get_secret_value() for key in settings.api_keys] == ["sesame-1", "sesame-2"]
     assert settings.cors_origins == ("https://a.example",)
     assert (settings.port, settings.max_scales) == (9002, 3)
-    assert "one" not in repr(settings)
+    assert "sesame" not in repr(settings)
 
 
 @pytest.mark.parametrize(
