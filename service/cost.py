@@ -66,11 +66,11 @@ class CostModel:
     def __init__(self) -> None:
         self._moments = np.eye(2) * _PRIOR
         self._products = self._moments @ _FIRST_GUESS
+        self._rates = _FIRST_GUESS
 
     def predict(self, work: Work) -> float:
         """Seconds that a run of this work takes."""
-        rates = np.linalg.lstsq(self._moments, self._products, rcond=None)[0]
-        return float(np.maximum(rates, 0) @ self._features(work) / 1e6)
+        return float(self._rates @ self._features(work) / 1e6)
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a run. Runs count by their relative error, so that large ones do not drown small ones."""
@@ -78,6 +78,7 @@ class CostModel:
         weight = 1 / features.sum() ** 2
         self._moments = FORGETTING * self._moments + weight * np.outer(features, features)
         self._products = FORGETTING * self._products + weight * features * seconds * 1e6
+        self._rates = np.maximum(np.linalg.lstsq(self._moments, self._products, rcond=None)[0], 0)
 
     @staticmethod
     def _features(work: Work) -> np.ndarray:

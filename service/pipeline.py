@@ -85,8 +85,7 @@ class Pipeline:
                 f"option window: windows of {plan.window} pixels in steps of {plan.stride} cost {work.cost} pixels for "
                 f"this picture, at most {limit} are let in; choose larger ones, or max_side",
             )
-        wait = max(0.0, self._unfinished_s - self.device.seconds_of_running)
-        return Estimate(work, self.device.cost_model.predict(work), wait)
+        return Estimate(work, self.device.cost_model.predict(work), self._wait_s())
 
     def plan(self, options: Options) -> Plan:
         """The plan of a request. Raises InputError for a class that the model does not know."""
@@ -123,6 +122,7 @@ class Pipeline:
         if deadline is None:
             deadline = time.monotonic() + timeout_s
         plan = plan or self.plan(options)
+        self._refuse_if_late(0.0, deadline)  # a queue that is too long for any picture: no header need be read
         if isinstance(source, bytes):
             width, height = await self._size(source, options, deadline)
         else:
@@ -173,25 +173,16 @@ class Pipeline:
         """
         if self.device.state != "ready":
             raise self.device.refusal()
-        left_s = deadline - time.monotonic()
         limit = self.settings.max_queue_pixels
-        if self.admitted_requests:
-            if self.admitted_cost + estimate.work.cost > limit:
-                surplus = (self.admitted_cost + estimate.work.cost - limit) / max(self.admitted_cost, 1)
-                raise Refusal(
-                    "overloaded",
-                    f"the queue is full: {self.admitted_cost} pixels wait, this request has {estimate.work.cost}, "
-                    f"at most {limit} are let in",
-                    min(surplus, 1) * estimate.wait_s,
-                )
-            late = estimate.wait_s + estimate.run_s - self.settings.deadline_share * left_s
-            if late > 0:
-                raise Refusal(
-                    "overloaded",
-                    f"the queue is too long: about {estimate.wait_s + estimate.run_s:.1f} s, where this request has "
-                    f"{left_s:.1f} s",
-                    late,
-                )
+        if self.admitted_requests and self.admitted_cost + estimate.work.cost > limit:
+            surplus = (self.admitted_cost + estimate.work.cost - limit) / max(self.admitted_cost, 1)
+            raise Refusal(
+                "overloaded",
+                f"the queue is full: {self.admitted_cost} pixels wait, this request has {estimate.work.cost}, "
+                f"at most {limit} are let in",
+                min(surplus, 1) * estimate.wait_s,
+            )
+        self._refuse_if_late(estimate.run_s, deadline)
         self.admitted_requests += 1
         self.admitted_cost += estimate.work.cost
         self._unfinished_s += estimate.run_s
@@ -202,6 +193,25 @@ class Pipeline:
             self._unfinished_s = self._unfinished_s - estimate.run_s if self.admitted_requests else 0.0
 
         return release
+
+    def _refuse_if_late(self, run_s: float, deadline: float) -> None:
+        """Raise Refusal where the runs before it leave a run of `run_s` seconds no chance to be over in time."""
+        if not self.admitted_requests:
+            return
+        taken_s, left_s = self._wait_s() + run_s, deadline - time.monotonic()
+        if left_s <= 0:
+            raise _too_late()
+        late_s = taken_s - self.settings.deadline_share * left_s
+        if late_s > 0:
+            raise Refusal(
+                "overloaded",
+                f"the queue is too long: about {taken_s:.1f} s, where this request has {left_s:.1f} s",
+                late_s,
+            )
+
+    def _wait_s(self) -> float:
+        """Predicted seconds until all that is admitted now has been run."""
+        return max(0.0, self._unfinished_s - self.device.seconds_of_running)
 
     def _leave(self, job: Job | None, release: Callable[[], None]) -> None:
         """A request ends; what the device still does for it counts until that is over, too."""

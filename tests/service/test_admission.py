@@ -175,6 +175,22 @@ def test_who_cannot_be_in_time_is_refused_at_once(pipeline: Callable[..., Pipeli
     run(main)
 
 
+def test_where_the_wait_alone_is_too_long_no_header_is_read(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        served = pipeline()
+        for _ in range(50):
+            served.device.cost_model.observe(served.engine.work(30, 20, served.engine.plan()), 40.0)
+        first = await started(served, timeout_ms=60_000)
+        refused = await refusal_of(served.segment(b"no picture", Options.model_construct(timeout_ms=5_000)))
+        assert refused.code == "overloaded"
+        gate.set()
+        await first
+        with pytest.raises(InputError, match="not a picture"):
+            await served.segment(b"no picture", Options.model_construct(timeout_ms=5_000))
+
+    run(main)
+
+
 def test_the_deadline_ends_a_request_that_runs_and_its_cost_counts_until_the_run_is_over(
     pipeline: Callable[..., Pipeline], gate: Any
 ) -> None:
