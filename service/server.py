@@ -134,7 +134,7 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
         access_log=False,
         timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
         server_header=False,
-        http="h11",
+        http="h11",  # httptools is quicker, but loses the body of who offers HTTP/2, as Java's client does unasked
         ws="none",  # else who asks for a websocket would wait for ever, where a package for them is installed
         lifespan="off",
     )

@@ -1,5 +1,6 @@
 """Promise: `python -m service serve` says when it is ready, answers, stops cleanly, and fails in a sentence."""
 
+import contextlib
 import http.client
 import os
 import re
@@ -119,8 +120,16 @@ def test_a_picture_over_a_socket(server: Server, png: bytes) -> None:
     assert answer["timing_ms"]["total"] > 0
 
 
-def test_who_asks_for_a_websocket_is_answered_over_http(server: Server, png: bytes) -> None:
-    asking = {"Connection": "close, upgrade", "Upgrade": "websocket"}
+@pytest.mark.parametrize(
+    "asking",
+    [
+        {"Connection": "close, upgrade", "Upgrade": "websocket"},
+        {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAAAAMAAAAA"},
+    ],
+)
+def test_who_asks_for_another_protocol_is_answered_over_http(
+    server: Server, png: bytes, asking: dict[str, str]
+) -> None:
     assert CLIENT.post(f"{server.url}/segment", content=png, headers=asking).status_code == 200
 
 
@@ -129,6 +138,50 @@ def test_a_client_that_sends_too_much_can_read_why(server: Server) -> None:
         response = CLIENT.post(f"{server.url}/segment", content=body)
         assert response.status_code == 413
         assert "300000" in response.json()["error"]["message"]
+
+
+def test_a_head_without_end_is_refused_and_a_long_one_is_read(server: Server) -> None:
+    assert CLIENT.get(f"{server.url}/livez", headers={"X-Long": "a" * 60_000}).status_code == 200
+    line = b"GET /livez HTTP/1.1\r\n"
+    for begun, endless in ((b"GET /", b"a" * 4096), (line + b"X-Long: ", b"a" * 4096), (line, b"X-Short: a\r\n" * 300)):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            connection.sendall(begun)
+            answer, sent = b"", 0
+            while not answer and sent < 10_000_000:
+                connection.settimeout(0.01)
+                with contextlib.suppress(TimeoutError):
+                    answer = connection.recv(4096)
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(endless)
+                sent += len(endless)
+        assert answer.startswith(b"HTTP/1.1 400 "), answer
+
+
+def test_requests_sent_at_once_are_answered_in_their_order(server: Server, png: bytes) -> None:
+    picture = png.ljust(200_000, b"\0")
+    post = b"POST /segment?format=png HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(picture) + picture
+    last = b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(post + post + last)
+        answers = connection.makefile("rb").read()
+    assert answers.count(b"HTTP/1.1 200 OK") == 3
+    assert answers.count(b"\x89PNG") == 2
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"\x16\x03\x01 hello, TLS\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nBad Header\r\n\r\n",
+        b"POST /segment HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na",
+        b"POST /segment HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /segment HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_what_is_no_request_is_answered_400(server: Server, nonsense: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(nonsense)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
