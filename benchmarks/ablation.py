@@ -12,18 +12,16 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.runs import ROOT, Job, RunError, advance
+from benchmarks.runs import Job, RunError, advance, run_facts
 from model.arguments import at_least_one, minutes
 from model.files import replacing
 from model.recipe import Recipe, RecipeError, read_recipe
@@ -122,18 +120,8 @@ def write(
 
 
 def describe(data: Path, config: Path, options: tuple[str, ...], seeds: int) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    recipe = config.resolve()
-    shown = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe.name
-    words = f"--data {data.name} --config {shown} --out runs/ablation --seeds {seeds}"
-    return {
-        "command": " ".join(["python -m benchmarks.ablation", words, *options]),
-        "commit": commit,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "data": data.resolve().name,
-        "split": VIEW,
-        "recipe": read_recipe(config, list(options)),
-    }
+    words = " ".join(["--out runs/ablation", f"--seeds {seeds}", *options])
+    return {**run_facts("benchmarks.ablation", words, data, config, options), "split": VIEW}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,22 @@ class Job:
         """The figures over all classes of a view that has been evaluated."""
         document = json.loads((root / self.name / view / "evaluation.json").read_text(encoding="utf-8"))
         return dict(document["totals"])
+
+
+def run_facts(module: str, words: str, data: Path, config: Path, options: Sequence[str]) -> dict[str, Any]:
+    """What a table of runs says beside its figures: command, commit, device, data set, and the recipe of every run.
+
+    words: of the command, but for --data and --config; options: the key=value words that all runs have.
+    """
+    recipe = config.resolve()
+    shown = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe.name
+    return {
+        "command": f"python -m {module} --data {data.name} --config {shown} {words}",
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "data": data.resolve().name,
+        "recipe": read_recipe(config, list(options)),
+    }
 
 
 def call(module: str, words: list[str], seconds: float) -> int | None:

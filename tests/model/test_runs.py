@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from benchmarks import ablation, gpu_train, reference_positions, runs
+from benchmarks import ablation, gpu_train, reference_positions, runs, trials
 from benchmarks.split_weights import join
 from model import evaluate, train
 from model.checkpoint import load_checkpoint
@@ -89,6 +89,32 @@ def test_the_ablation_runs_every_variant_with_every_seed_once(data, tmp_path, ca
     for recipe in recipes:
         del recipe["presence_weight"], recipe["encoding"]
     assert recipes[0] == recipes[1] == recipes[2], "all else is equal"
+
+
+def test_each_trial_is_the_recipe_but_for_its_change_and_is_compared_with_it(data, tmp_path, called, capsys):
+    config = gpu_train.RECIPES / "msrc21-resnet18c.toml"
+    options = ["--data", str(data / "msrc21"), "--config", str(config), "--out", str(tmp_path / "runs")]
+    options += ["--base", " ".join(TINY)]
+    assert trials.main([*options, "jitter=0 gamma=0"]) == 0
+    assert [module for module, _ in called] == ["model.train", "model.evaluate", "model.evaluate"] * 2
+    assert trials.main([*options, "jitter=0 gamma=0", "class_balance=0"]) == 0
+    assert len(called) == 9, "finished runs are not done again"
+    document = json.loads((tmp_path / "runs" / "trials.json").read_text())
+    as_it_is, *changed = document["trials"]
+    assert [row["trial"] for row in changed] == ["jitter=0 gamma=0", "class_balance=0"]
+    assert as_it_is["val_gain"] is None
+    for row in changed:
+        for split in ("val", "test"):
+            gain = row[split]["mean"] - as_it_is[split]["mean"]
+            assert row[f"{split}_gain"] == {"mean": pytest.approx(gain), "std": None, "runs": 1}
+    assert "msrc21: 3 of 3 runs" in capsys.readouterr().out
+
+    names = ("recipe-0", "gamma=0+jitter=0-0", "class_balance=0-0")
+    recipes = [load_checkpoint(tmp_path / "runs" / name / "last.pt").training["recipe"] for name in names]
+    differing = [{key for key in recipes[0] if recipe[key] != recipes[0][key]} for recipe in recipes]
+    assert differing == [set(), {"jitter", "gamma"}, {"class_balance"}]
+    assert trials.main([*options, "colour=1"]) == 2
+    assert "unknown option 'colour'" in capsys.readouterr().err
 
 
 def test_the_ablation_keeps_runs_of_other_options_apart(data, tmp_path, called, capsys):
