@@ -107,6 +107,7 @@ def test_cost_counts_every_view_at_the_networks_and_the_pictures_size() -> None:
     assert work_of(200, 100, 480, (1.0,), True) == Work(2 * 480 * 240, 2 * 200 * 100)
     assert work_of(100, 200, 480, (0.5, 1.0), False) == Work(240 * 120 + 480 * 240, 2 * 200 * 100)
     assert work_of(1, 5000, 480, (1.0,), False) == Work(480, 5000)
+    assert work_of(200, 100, 480, (0.501,), False) == Work(241 * 120, 200 * 100), "a view's long side is rounded up"
 
 
 def test_cost_counts_every_window() -> None:
@@ -126,12 +127,29 @@ def test_the_cost_model_learns_both_rates_and_follows_a_change() -> None:
     assert model.predict(Work(1_000_000, 0)) == pytest.approx(1.0, rel=0.02)
 
 
-def test_one_kind_of_picture_is_enough_to_predict_it() -> None:
+@pytest.mark.parametrize("runs", [20, 5_000])
+def test_one_kind_of_picture_is_enough_to_predict_it(runs: int) -> None:
     model = CostModel()
-    for _ in range(20):
+    for _ in range(runs):
         model.observe(Work(172_800, 172_800), 0.17)
     assert model.predict(Work(172_800, 172_800)) == pytest.approx(0.17, rel=0.01)
     assert model.predict(Work(0, 0)) == 0
+
+
+def test_large_runs_do_not_drown_small_ones() -> None:
+    model = CostModel()
+    for _ in range(300):
+        model.observe(Work(10_000, 10_000), 0.02)
+        model.observe(Work(10_000_000, 10_000_000), 10.0)
+    assert model.predict(Work(10_000, 10_000)) == pytest.approx(0.015, rel=0.02), "half-way between the two rates"
+
+
+def test_no_prediction_is_below_zero() -> None:
+    model = CostModel()
+    for _ in range(50):
+        model.observe(Work(100_000, 100_000), 1.0)
+        model.observe(Work(100_000, 200_000), 0.5)
+    assert model.predict(Work(0, 1_000_000)) == 0
 
 
 # ---- admission
@@ -173,6 +191,28 @@ def test_who_cannot_be_in_time_is_refused_at_once(pipeline: Callable[..., Pipeli
         await asyncio.gather(first, patient)
 
     run(main)
+
+
+def test_the_wait_is_what_the_runs_before_still_need(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main(predicted_s: float) -> tuple[float, float, float]:
+        served = pipeline()
+        plan = served.engine.plan()
+        for _ in range(50):
+            served.device.cost_model.observe(served.engine.work(30, 20, plan), predicted_s)
+        first = await started(served)
+        while served.engine.runs == 0:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.005)
+        earlier = served.estimate(30, 20, plan)
+        await asyncio.sleep(0.01)
+        later = served.estimate(30, 20, plan)
+        gate.set()
+        await first
+        gate.clear()
+        return earlier.run_s, earlier.wait_s, later.wait_s
+
+    whole, earlier, later = run(lambda: main(20.0))
+    assert 0 < later < earlier < whole
+    assert run(lambda: main(0.0))[1:] == (0, 0), "also of a run that takes longer than was predicted"
 
 
 def test_the_deadline_ends_a_request_that_runs_and_its_cost_counts_until_the_run_is_over(
@@ -257,6 +297,8 @@ def test_dry_run_tells_what_a_request_would_cost(client: TestClient, engine: Eng
     assert int(done.headers["x-cost-pixels"]) == expected
     assert float(done.headers["x-predicted-ms"]) > 0
     assert "encnet_phase_seconds_count" in client.get("/metrics").text
+    reduced = client.post("/segment?dry_run=true&max_side=15", content=picture).json()["pixels"]
+    assert reduced == work_of(15, 10, engine.metadata.base_size, engine.metadata.scales, engine.metadata.flip).cost
 
 
 @pytest.mark.parametrize("route", ["/segment/batch", "/v2/models/tiny_encoded/infer"])
