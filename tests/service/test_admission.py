@@ -172,6 +172,23 @@ def test_a_full_queue_refuses_with_the_time_until_there_is_room(pipeline: Callab
     run(main)
 
 
+def test_a_full_queue_names_the_time_until_enough_of_it_is_done(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        plan = pipeline().engine.plan()
+        work = pipeline().engine.work(30, 20, plan)
+        served = pipeline(max_queue_pixels=2 * work.cost)
+        for _ in range(50):
+            served.device.cost_model.observe(work, 100.0)
+        taken = [await started(served, timeout_ms=3_600_000) for _ in range(2)]
+        wait_s = served.estimate(30, 20, plan).wait_s
+        refused = await refusal_of(served.segment(GREY, Options()))
+        assert refused.retry_after == pytest.approx(wait_s / 2, rel=0.1), "half of what is queued has to go"
+        gate.set()
+        await asyncio.gather(*taken)
+
+    run(main)
+
+
 def test_an_empty_house_lets_in_whatever_it_costs(pipeline: Callable[..., Pipeline], gate: Any) -> None:
     gate.set()
     run(lambda: pipeline(max_queue_pixels=1).segment(GREY, Options()))
@@ -189,6 +206,26 @@ def test_who_cannot_be_in_time_is_refused_at_once(pipeline: Callable[..., Pipeli
         patient = await started(served, timeout_ms=60_000)
         gate.set()
         await asyncio.gather(first, patient)
+
+    run(main)
+
+
+def test_who_would_need_more_than_a_share_of_the_time_is_refused(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        for share, code in ((0.8, "overloaded"), (0.95, None)):
+            served = pipeline(deadline_share=share)
+            for _ in range(50):
+                served.device.cost_model.observe(served.engine.work(30, 20, served.engine.plan()), 400.0)
+            first = await started(served, timeout_ms=900_000)
+            second = await started(served, timeout_ms=900_000)  # it would take some 800 s with the wait
+            assert second.done() == (code is not None)
+            gate.set()
+            await first
+            if code is None:
+                await second
+            else:
+                assert (await refusal_of(second)).code == code
+            gate.clear()
 
     run(main)
 

@@ -274,6 +274,31 @@ def test_a_device_that_keeps_dying_is_given_up(device: Callable[..., Device], en
     assert refused.value.status == 503
 
 
+def test_what_waits_for_a_device_that_cannot_come_back_fails_at_once(model_file: Path) -> None:
+    engine = Moody(model_file, 1)
+    loads: list[Engine | Exception] = [engine, *[ValueError("no memory")] * RESTARTS]
+
+    def load() -> Engine:
+        loaded = loads.pop(0)
+        if isinstance(loaded, Exception):
+            raise loaded
+        return loaded
+
+    served = Device(load)
+    served.wait_until_started()
+    engine.go_on.clear()
+    running = submit(served)
+    assert engine.entered.wait(WAIT)
+    waiting = submit(served)
+    engine.failures = [SystemExit()]
+    engine.go_on.set()
+    for job in (running, waiting):
+        error = job.exception(WAIT)
+        assert isinstance(error, Refusal)
+        assert error.code == "device_failed"
+    assert (served.state, loads) == ("failed", [])
+
+
 def test_a_device_that_dies_now_and_then_is_not_given_up(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device()
     for death in range(1, RESTARTS + 3):
@@ -363,6 +388,20 @@ def test_a_device_closed_while_it_loads_stays_closed(model_file: Path) -> None:
     go_on.set()
     thread.join(WAIT)
     assert (thread.is_alive(), served.state) == (False, "closed")
+
+
+def test_a_device_that_dies_after_it_was_closed_stays_closed(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device()
+    engines[0].go_on.clear()
+    running = submit(served)
+    assert engines[0].entered.wait(WAIT)
+    served.close(0)
+    engines[0].failures = [SystemExit()]
+    engines[0].go_on.set()
+    assert running.exception(WAIT) is not None
+    assert (len(engines), served.state) == (1, "closed")
 
 
 def test_a_run_that_nobody_waits_for_is_stopped(device: Callable[..., Device], engines: list[Moody]) -> None:
