@@ -200,6 +200,23 @@ def test_waiting_pictures_of_one_shape_share_a_run(device: Callable[..., Device]
     assert [answer.batch for answer in answers] == [1, 3, 1, 3, 3, 1]
 
 
+def test_pictures_that_ask_for_other_views_do_not_share_a_run(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(max_batch=4)
+    engines[0].go_on.clear()
+    submit(served)
+    assert engines[0].entered.wait(WAIT)
+    jobs = []
+    for flip in (False, True, False):
+        plan = engines[0].plan(flip=flip)
+        jobs.append(Job(GREY, plan, engines[0].work(8, 8, plan), float("inf")))
+        served.submit(jobs[-1])
+    engines[0].go_on.set()
+    answers = [job.done.result(WAIT)[0] for job in jobs]
+    assert [(answer.flip, answer.batch) for answer in answers] == [(False, 2), (True, 1), (False, 2)]
+
+
 def test_a_dead_device_fails_its_run_and_serves_the_waiting(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:
