@@ -272,6 +272,20 @@ def test_a_colour_profile_changes_nothing(photo: np.ndarray, format: str) -> Non
 # ---- limits
 
 
+def test_a_reduced_picture_has_at_least_a_pixel_each_way() -> None:
+    for wide, size in ((True, (10, 1)), (False, (1, 10))):
+        pixels = np.full((1, 300, 3) if wide else (300, 1, 3), 90, np.uint8)
+        picture = decode(encoded(pixels), max_bytes=1 << 20, max_pixels=300, max_side=10)
+        assert (picture.width, picture.height) == size
+
+
+def test_reducing_averages() -> None:
+    stripes = np.zeros((8, 64, 3), np.uint8)
+    stripes[:, ::2] = 200
+    picture = decode(encoded(stripes), max_bytes=1 << 20, max_pixels=1 << 20, max_side=16)
+    assert np.abs(picture.pixels.astype(int) - 100).max() <= 10
+
+
 def test_too_many_bytes(photo: np.ndarray) -> None:
     data = encoded(photo)
     assert read(data, max_bytes=len(data)).width == 32
