@@ -453,6 +453,58 @@ def test_bytes_in_the_house_are_bounded(client_with: Callable[..., TestClient]) 
     assert client.post("/segment", content=encoded(GREY)).status_code == 200, "what was held has been given back"
 
 
+def test_bytes_in_the_house_are_those_of_all_requests_and_given_back(client_with: Callable[..., TestClient]) -> None:
+    app = client_with(max_buffered_bytes=10).app
+
+    async def main() -> None:
+        held, go_on = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(status_of(app, [b"123", b"456"], held, go_on))
+        await held.wait()
+        assert await status_of(app, [b"12345"]) == 429
+        assert await status_of(app, [b"1234"]) == 415, "there was room for it"
+        go_on.set()
+        assert await first == 415
+        assert await status_of(app, [b"1234567890"]) == 415
+
+    run(main)
+
+
+async def status_of(
+    app: Any, chunks: list[bytes], held: asyncio.Event | None = None, go_on: asyncio.Event | None = None
+) -> int:
+    """Of a POST to /segment whose body comes in these pieces, and ends when it may go on."""
+    statuses = []
+    pieces = [*chunks, b""]
+
+    async def receive() -> dict[str, Any]:
+        if not pieces:
+            await asyncio.Event().wait()
+        if len(pieces) == 1 and held and go_on:
+            held.set()
+            await go_on.wait()
+        piece = pieces.pop(0)
+        return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/segment", "raw_path": b"/segment"}
+    await app({**scope, "scheme": "http", "query_string": b"", "root_path": "", "headers": []}, receive, send)
+    (status,) = statuses
+    return status
+
+
+def test_a_picture_that_memory_has_no_room_for_is_429(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(image: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("service.images._to_rgb", full)
+    refused = client.post("/segment", content=encoded(GREY))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+    assert refused.headers["retry-after"] == "1"
+
+
 def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT
     while not condition():

@@ -253,7 +253,7 @@ def test_damage_anywhere_never_raises_anything_else(photo: np.ndarray, kind: str
             assert error.message
 
 
-@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"])
 def test_heic_is_refused_by_name(brand: bytes) -> None:
     data = struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1heic" + bytes(100)
     with pytest.raises(InputError, match="HEIC"):

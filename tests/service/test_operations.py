@@ -127,6 +127,12 @@ def test_a_key_guards_every_route_that_is_not_told_to_be_open(client_with: Calla
     )
 
 
+@pytest.mark.parametrize("host", ["a/livez?", "a/docs#", "a/page/", "a/samples"])
+def test_a_host_header_opens_no_route(client_with: Callable[..., TestClient], host: str) -> None:
+    client = client_with(api_keys=(SecretStr("first"),))
+    assert client.get("/models", headers={"Host": host}).status_code == 401
+
+
 def test_a_browser_may_ask_beforehand_without_a_key(client_with: Callable[..., TestClient]) -> None:
     client = client_with(api_keys=(SecretStr("first"),), cors_origins=("https://a.example",))
     asking = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}

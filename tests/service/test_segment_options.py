@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -272,13 +272,18 @@ DRIPS = {  # what comes at once before one byte after another
 
 
 class Host(BaseHTTPRequestHandler):
-    """A picture host: /picture, /moved, /slow, /endless, /empty, /drip/... and 404."""
+    """A picture host: /picture, /part of it, /moved, /slow, /endless, /empty, /drip/... and 404.
+
+    `names` are those that it was asked by.
+    """
 
     picture = b""
+    names: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
-        if self.path == "/picture?a=1":
-            self.send_response(200)
+        self.names.append(self.headers["Host"])
+        if self.path in ("/picture?a=1", "/part"):
+            self.send_response(206 if self.path == "/part" else 200)
             self.send_header("Content-Length", str(len(self.picture)))
             self.end_headers()
             self.wfile.write(self.picture)
@@ -334,12 +339,18 @@ def local(url: str, **options: Any) -> bytes:
 def test_a_picture_is_fetched(host: str, quadrants: np.ndarray) -> None:
     Host.picture = encoded(quadrants)
     assert local(f"{host}/picture?a=1") == Host.picture
+    assert host == f"http://{Host.names[-1]}"
+    assert local(f"{host}/picture?a=1", max_bytes=len(Host.picture)) == Host.picture
+    with pytest.raises(InputError) as refused:
+        local(f"{host}/picture?a=1", max_bytes=len(Host.picture) - 1)
+    assert refused.value.code == "too_many_bytes"
 
 
 @pytest.mark.parametrize(
     ("path", "code", "part"),
     [
         ("/moved", "url_failed", "302"),
+        ("/part", "url_failed", "206"),
         ("/nothing", "url_failed", "404"),
         ("/slow", "url_failed", "too long"),
         ("/endless", "too_many_bytes", "larger"),
@@ -369,6 +380,9 @@ def test_the_time_is_for_the_whole_fetch_however_slowly_the_host_sends(host: str
         "http://",
         "//example.com/a",
         "http://user:pw@example.com/",
+        "http://@example.com/",
+        "http://example.com/a b",
+        "http://example.com/\u00e4",
         "http://[x/",
     ]
     + ["http://a b/", "http://example.com/\r\nX: y", "http://example.com:99999/"],
@@ -404,6 +418,28 @@ def test_private_addresses_are_not_public(address: str) -> None:
     with pytest.raises(InputError) as refused:
         fetch("http://example.com/", max_bytes=1, timeout_s=1, resolver=lambda host, port: ["8.8.8.8", address])
     assert refused.value.code == "url_refused"
+
+
+def test_a_host_without_an_address_is_refused() -> None:
+    with pytest.raises(InputError) as refused:
+        fetch("http://example.com/", max_bytes=1, timeout_s=1, resolver=lambda host, port: [])
+    assert refused.value.code == "url_refused"
+
+
+@pytest.mark.parametrize(
+    ("url", "port"), [("http://a.example/x", 80), ("https://a.example/x", 443), ("http://a.example:8080/x", 8080)]
+)
+def test_the_port_is_the_urls_or_its_schemes(url: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    connected = []
+
+    def refuse(address: tuple[str, int], **options: Any) -> None:
+        connected.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(InputError) as failed:
+        fetch(url, max_bytes=1, timeout_s=1, resolver=lambda host, port: ["8.8.8.8", "1.1.1.1"])
+    assert (failed.value.code, connected) == ("url_failed", [("8.8.8.8", port)])
 
 
 def test_public_addresses_are() -> None:
