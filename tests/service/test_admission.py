@@ -469,6 +469,18 @@ def test_bytes_in_the_house_are_those_of_all_requests_and_given_back(client_with
     run(main)
 
 
+def test_the_time_for_an_upload_does_not_end_a_run(client_with: Callable[..., TestClient], gate: Any) -> None:
+    app = client_with(opening(gate), upload_timeout_ms=50).app
+
+    async def main() -> None:
+        answer = asyncio.create_task(status_of(app, [encoded(GREY)]))
+        await asyncio.sleep(0.2)
+        gate.set()
+        assert await answer == 200
+
+    run(main)
+
+
 async def status_of(
     app: Any, chunks: list[bytes], held: asyncio.Event | None = None, go_on: asyncio.Event | None = None
 ) -> int:

@@ -110,6 +110,13 @@ def test_sixteen_bits_are_scaled_not_clipped(format: str) -> None:
     np.testing.assert_array_equal(picture.pixels[0, :, 0], [0, 0, 1, 128, 255])
 
 
+def test_sixteen_bits_with_the_high_byte_first() -> None:
+    wide = Image.frombytes("I;16B", (3, 1), np.array([257, 32896, 65535], ">u2").tobytes())
+    picture = read(encoded(wide, "TIFF"))
+    assert picture.mode == "I;16B"
+    np.testing.assert_array_equal(picture.pixels[0, :, 0], [1, 128, 255])
+
+
 def test_sixteen_bit_grey_with_a_transparent_key() -> None:
     rows = b"".join(b"\0" + np.array(row, ">u2").tobytes() for row in ([0, 1000], [1001, 65535]))
     picture = read(_png(2, 2, rows, bit_depth=16, key=struct.pack(">H", 1000)))

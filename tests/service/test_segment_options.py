@@ -22,6 +22,7 @@ from service.engine import Engine
 from service.errors import InputError
 from service.fetch import fetch, is_public
 from service.formats import FORMATS
+from service.presence import presence_rows
 
 LABELLED = [name for name, known in FORMATS.items() if known.carries_labels]
 
@@ -146,6 +147,12 @@ def test_classes_keeps_those_and_nothing_else(
     np.testing.assert_array_equal(mask, np.where(np.isin(quadrants_mask, (1, 3)), quadrants_mask, 255))
     if format == "json":
         assert {row["class"]: row["pixels"] for row in answer.json()["presence"]} == {"red": 300, "blue": 300}
+
+
+def test_a_class_is_present_from_the_threshold_on() -> None:
+    scores = np.array([0.5, np.nextafter(np.float32(0.5), np.float32(0))], np.float32)
+    rows = presence_rows(np.zeros((2, 2), np.uint8), scores, ("road", "sky"), 0.5)
+    assert [(row["class"], row["present"]) for row in rows] == [("road", True), ("sky", False)]
 
 
 def test_threshold_is_the_requests_own(client: TestClient, quadrants: np.ndarray) -> None:
