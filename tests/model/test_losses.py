@@ -94,3 +94,11 @@ def test_presence_loss_survives_extreme_half_precision_logits():
     logits, mask, presence = batch()
     losses = encnet_loss(Outputs(logits.bfloat16(), (presence * 1e4).bfloat16()), mask)
     assert losses.total.dtype == torch.float32 and torch.isfinite(losses.total)
+
+
+def test_losses_of_half_precision_logits_are_computed_in_single():
+    logits, mask, presence = batch()
+    halves = Outputs(logits.bfloat16(), presence.bfloat16(), logits.bfloat16(), presence.bfloat16())
+    found = encnet_loss(halves, mask)
+    expected = encnet_loss(Outputs(*(half.float() for half in halves)), mask)
+    assert all(loss.dtype == torch.float32 for loss in found) and found == expected
