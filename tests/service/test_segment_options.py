@@ -110,15 +110,23 @@ def test_windows_cover_the_picture_and_average_where_they_meet(engine: Engine) -
     image = np.random.default_rng(2).integers(0, 255, (50, 64, 3), np.uint8)
     answer = engine.segment(image, window=32, stride=18, probabilities=True)
     total, visits = np.zeros((4, 50, 64), np.float32), np.zeros((50, 64), np.float32)
+    scores = []
     for top in (0, 18):
         for left in (0, 18, 32):
             part = engine.segment(image[top : top + 32, left : left + 32], probabilities=True)
             assert part.probabilities is not None
             total[:, top : top + 32, left : left + 32] += part.probabilities
             visits[top : top + 32, left : left + 32] += 1
+            scores.append(part.presence)
     assert visits.min() == 1
+    np.testing.assert_array_equal(answer.presence, np.max(scores, 0), "each class's highest among the windows")
+    assert len(set(np.argmax(scores, 0).tolist())) > 1
     np.testing.assert_allclose(answer.probabilities, total / visits, rtol=1e-6)
     np.testing.assert_array_equal(answer.mask, total.argmax(0))
+
+
+def test_windows_step_by_two_thirds_where_no_stride_is_given(engine: Engine) -> None:
+    assert [engine.plan(window=window).stride for window in (32, 33, 34, 1)] == [22, 22, 23, 1]
 
 
 def test_a_window_larger_than_the_picture_changes_nothing(engine: Engine, noisy: np.ndarray) -> None:
