@@ -79,8 +79,10 @@ def test_outputs_have_the_input_size(stride, lateral, detail, align_corners):
 
 
 def test_training_adds_the_auxiliary_outputs_that_were_configured():
-    outputs = tiny(stage3_presence=True).train()(torch.randn(2, 3, 32, 32))
+    model, images = tiny(stage3_presence=True).train(), torch.randn(2, 3, 32, 32)
+    outputs = model(images)
     assert outputs.aux_logits.shape == (2, 5, 32, 32) and outputs.stage3_presence_logits.shape == (2, 5)
+    assert model.eval()(images)[2:] == (None, None)
     assert tiny(auxiliary=False).train()(torch.randn(2, 3, 32, 32)).aux_logits is None
 
 
