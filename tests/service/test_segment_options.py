@@ -461,6 +461,8 @@ def test_public_addresses_are() -> None:
     assert is_public("8.8.8.8")
     assert is_public("2606:4700:4700::1111")
     assert is_public("64:ff9b::808:808")  # 8.8.8.8, as the name servers of networks without IPv4 give it
+    for carrier in ("::ffff:8.8.8.8", "2002:808:808::", "2001:0:4136:e378:8000:63bf:f7f7:f7f7"):
+        assert is_public(carrier), "counts as the 8.8.8.8 that it carries"
 
 
 def test_the_address_that_was_checked_is_the_one_connected_to(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
