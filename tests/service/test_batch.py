@@ -159,9 +159,9 @@ def test_a_picture_that_was_stopped_between_its_files_is_not_done(photos: Path) 
 
 def test_what_a_killed_run_was_writing_is_removed(photos: Path) -> None:
     Path("segmented").mkdir()
-    for name in (".a.mask.png.part", ".presence.json.part", ".video.part"):
+    for name in (".a.mask.png.part", ".a.overlay.jpg.part", ".presence.json.part", ".video.part"):
         Path("segmented", name).write_bytes(b"half")
-    segment(photos)
+    segment(photos, "--no-overlay")
     assert [path.name for path in Path("segmented").glob(".*")] == [".video.part"], "what is not ours stays"
 
 
