@@ -249,6 +249,13 @@ def test_no_overlay_of_an_older_mask_stays(photos: Path) -> None:
     assert "overlay" not in summary()["images"][0]
 
 
+def test_a_file_that_is_too_large_is_told_to_be(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {name: (photos / name).stat().st_size for name in ("a.png", "b.png")}
+    monkeypatch.setenv("ENCNET_MAX_BYTES", str(min(sizes.values()) - 1))
+    segment(photos)
+    assert [error["code"] for error in summary()["errors"]] == ["too_many_bytes"] * 2
+
+
 # ---- the tables
 
 
