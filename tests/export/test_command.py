@@ -15,6 +15,7 @@ import torch
 from networks import copy_of, exported_network, pictures, small_checkpoint, small_network
 
 from export import cli, parity
+from export.errors import ParityError
 from export.parity import Case, Comparison, largest_error
 from export.whole import subgraphs
 from model.calibration import Calibration
@@ -294,6 +295,16 @@ def test_not_a_number_and_wrong_shapes_never_agree() -> None:
     for error in (nan, shape):
         comparison = Comparison("network", Case(1, 2, 3), {"logits": error}, {"logits": 1.0}, 1.0, 0.999)
         assert not comparison.agrees
+
+
+def test_small_errors_do_not_agree_where_they_change_too_many_labels() -> None:
+    few, many = (
+        Comparison("whole", Case(1, 2, 3), {"presence": 0.0}, {"presence": 1.0}, equal, 0.999)
+        for equal in (0.999, 0.998)
+    )
+    parity.check([few])
+    with pytest.raises(ParityError, match=r"99.800% equal labels \(at least 99.9%\)"):
+        parity.check([few, many])
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,6 +124,17 @@ def test_draws_cover_their_ranges():
     assert 0.7 <= amounts.min() < 0.71 and 1.29 < amounts.max() <= 1.3
 
 
+def test_curves_cover_their_ranges():
+    gamma = Augmentation(32, 80, gamma=1.0)
+    middles = numpy.array([draw_for((epoch, 0), (60, 80), gamma, 0).curves[:, 128] for epoch in range(400)])
+    assert 64 <= middles.min() < 66 and 178 < middles.max() <= 181, "powers from 2 to 1/2"
+    assert (middles == middles[:, :1]).all(), "one for the three channels"
+    balance = Augmentation(32, 80, white_balance=0.2)
+    hundreds = numpy.array([draw_for((epoch, 0), (60, 80), balance, 0).curves[:, 100] for epoch in range(400)])
+    assert (hundreds.min(0) == 80).all() and (hundreds.max(0) == 120).all()
+    assert (hundreds[:, 0] != hundreds[:, 1]).mean() > 0.9, "each channel by itself"
+
+
 def test_a_sampler_resumes_in_the_middle_of_an_epoch():
     whole = list(StepSampler(10, 4, 3, seed=0))
     assert len(whole) == 6 and list(StepSampler(10, 4, 3, seed=0, first_step=3)) == whole[3:]

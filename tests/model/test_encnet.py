@@ -79,8 +79,10 @@ def test_outputs_have_the_input_size(stride, lateral, detail, align_corners):
 
 
 def test_training_adds_the_auxiliary_outputs_that_were_configured():
-    outputs = tiny(stage3_presence=True).train()(torch.randn(2, 3, 32, 32))
+    model, images = tiny(stage3_presence=True).train(), torch.randn(2, 3, 32, 32)
+    outputs = model(images)
     assert outputs.aux_logits.shape == (2, 5, 32, 32) and outputs.stage3_presence_logits.shape == (2, 5)
+    assert model.eval()(images)[2:] == (None, None)
     assert tiny(auxiliary=False).train()(torch.randn(2, 3, 32, 32)).aux_logits is None
 
 
@@ -93,7 +95,18 @@ def test_without_encoding_it_is_an_fcn_whose_presence_is_its_surest_pixel():
     sure = 1 / (1 + 2 * math.exp(-4))
     expected = torch.tensor([[math.log(sure / (1 - sure)), math.log(1 / 2), math.log(1 / 2)]])
     torch.testing.assert_close(surest_pixel(logits), expected)
+    beyond = surest_pixel(torch.tensor([[[[99.0]], [[-99.0]]]]))
+    torch.testing.assert_close(beyond, torch.tensor([[1.0, -1.0]]) * math.log(1e6), atol=0.1, rtol=0)
     assert outputs.presence_logits.shape == (2, 5) and outputs.presence_logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_resized_in_single(kind):
+    logits = torch.randn(1, 5, 3, 4, generator=torch.Generator().manual_seed(0)).to(kind)
+    with torch.device("meta"):
+        model = tiny()
+    resized = model._to_pixels(logits, torch.Size((9, 7)))
+    torch.testing.assert_close(resized, model._to_pixels(logits.float(), torch.Size((9, 7))))
 
 
 def test_context_encoding_by_the_paper_formula():

@@ -34,6 +34,21 @@ def test_total_is_the_weighted_sum_of_its_parts():
     assert heavier.total == pytest.approx(float(heavier.pixel + heavier.presence), rel=1e-5)
 
 
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 2.0, 3.0])])
+def test_the_losses_of_all_parts_add_up_to_the_batchs(weights):
+    logits, mask, presence = batch()
+    outputs = Outputs(logits, presence, logits * 2, presence * 3)
+    expected = encnet_loss(outputs, mask, class_weights=weights)
+    parts = [
+        encnet_loss(
+            Outputs(*(field[i : i + 1] for field in outputs)), mask[i : i + 1], class_weights=weights, whole=mask
+        )
+        for i in range(2)
+    ]
+    for found, whole in zip(map(sum, zip(*parts, strict=True)), expected, strict=True):
+        assert found == pytest.approx(float(whole), rel=1e-5)
+
+
 def test_class_weights_are_those_of_cross_entropy():
     logits, mask, presence = batch()
     weights = torch.tensor([0.5, 1.0, 2.0, 3.0])
@@ -79,3 +94,11 @@ def test_presence_loss_survives_extreme_half_precision_logits():
     logits, mask, presence = batch()
     losses = encnet_loss(Outputs(logits.bfloat16(), (presence * 1e4).bfloat16()), mask)
     assert losses.total.dtype == torch.float32 and torch.isfinite(losses.total)
+
+
+def test_losses_of_half_precision_logits_are_computed_in_single():
+    logits, mask, presence = batch()
+    halves = Outputs(logits.bfloat16(), presence.bfloat16(), logits.bfloat16(), presence.bfloat16())
+    found = encnet_loss(halves, mask)
+    expected = encnet_loss(Outputs(*(half.float() for half in halves)), mask)
+    assert all(loss.dtype == torch.float32 for loss in found) and found == expected

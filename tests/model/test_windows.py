@@ -125,6 +125,7 @@ def test_a_camvid_picture_takes_36_forward_passes():
 def test_the_last_window_is_shorter_and_padded_with_black():
     assert window_spans(48, 48) == [(0, 48)]
     assert window_spans(100, 48) == [(0, 48), (32, 80), (64, 100)]
+    assert window_spans(100, 64) == [(0, 64), (42, 100)], "a step of two thirds, rounded down"
     network = Network()
     run(network, picture(48, 60), base_size=60, crop=48)
     assert len(network.windows) == 2

@@ -107,6 +107,7 @@ def test_cost_counts_every_view_at_the_networks_and_the_pictures_size() -> None:
     assert work_of(200, 100, 480, (1.0,), True) == Work(2 * 480 * 240, 2 * 200 * 100)
     assert work_of(100, 200, 480, (0.5, 1.0), False) == Work(240 * 120 + 480 * 240, 2 * 200 * 100)
     assert work_of(1, 5000, 480, (1.0,), False) == Work(480, 5000)
+    assert work_of(200, 100, 480, (0.501,), False) == Work(241 * 120, 200 * 100), "a view's long side is rounded up"
 
 
 def test_cost_counts_every_window() -> None:
@@ -126,12 +127,29 @@ def test_the_cost_model_learns_both_rates_and_follows_a_change() -> None:
     assert model.predict(Work(1_000_000, 0)) == pytest.approx(1.0, rel=0.02)
 
 
-def test_one_kind_of_picture_is_enough_to_predict_it() -> None:
+@pytest.mark.parametrize("runs", [20, 5_000])
+def test_one_kind_of_picture_is_enough_to_predict_it(runs: int) -> None:
     model = CostModel()
-    for _ in range(20):
+    for _ in range(runs):
         model.observe(Work(172_800, 172_800), 0.17)
     assert model.predict(Work(172_800, 172_800)) == pytest.approx(0.17, rel=0.01)
     assert model.predict(Work(0, 0)) == 0
+
+
+def test_large_runs_do_not_drown_small_ones() -> None:
+    model = CostModel()
+    for _ in range(300):
+        model.observe(Work(10_000, 10_000), 0.02)
+        model.observe(Work(10_000_000, 10_000_000), 10.0)
+    assert model.predict(Work(10_000, 10_000)) == pytest.approx(0.015, rel=0.02), "half-way between the two rates"
+
+
+def test_no_prediction_is_below_zero() -> None:
+    model = CostModel()
+    for _ in range(50):
+        model.observe(Work(100_000, 100_000), 1.0)
+        model.observe(Work(100_000, 200_000), 0.5)
+    assert model.predict(Work(0, 1_000_000)) == 0
 
 
 # ---- admission
@@ -151,6 +169,23 @@ def test_a_full_queue_refuses_with_the_time_until_there_is_room(pipeline: Callab
         assert served.admitted_requests == served.admitted_cost == 0
 
     served_cost = pipeline().estimate(30, 20, pipeline().engine.plan()).work.cost
+    run(main)
+
+
+def test_a_full_queue_names_the_time_until_enough_of_it_is_done(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        plan = pipeline().engine.plan()
+        work = pipeline().engine.work(30, 20, plan)
+        served = pipeline(max_queue_pixels=2 * work.cost)
+        for _ in range(50):
+            served.device.cost_model.observe(work, 100.0)
+        taken = [await started(served, timeout_ms=3_600_000) for _ in range(2)]
+        wait_s = served.estimate(30, 20, plan).wait_s
+        refused = await refusal_of(served.segment(GREY, Options()))
+        assert refused.retry_after == pytest.approx(wait_s / 2, rel=0.1), "half of what is queued has to go"
+        gate.set()
+        await asyncio.gather(*taken)
+
     run(main)
 
 
@@ -189,6 +224,48 @@ def test_where_the_wait_alone_is_too_long_no_header_is_read(pipeline: Callable[.
             await served.segment(b"no picture", Options.model_construct(timeout_ms=5_000))
 
     run(main)
+
+
+def test_who_would_need_more_than_a_share_of_the_time_is_refused(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        for share, code in ((0.8, "overloaded"), (0.95, None)):
+            served = pipeline(deadline_share=share)
+            for _ in range(50):
+                served.device.cost_model.observe(served.engine.work(30, 20, served.engine.plan()), 400.0)
+            first = await started(served, timeout_ms=900_000)
+            second = await started(served, timeout_ms=900_000)  # it would take some 800 s with the wait
+            assert second.done() == (code is not None)
+            gate.set()
+            await first
+            if code is None:
+                await second
+            else:
+                assert (await refusal_of(second)).code == code
+            gate.clear()
+
+    run(main)
+
+
+def test_the_wait_is_what_the_runs_before_still_need(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main(predicted_s: float) -> tuple[float, float, float]:
+        served = pipeline()
+        plan = served.engine.plan()
+        for _ in range(50):
+            served.device.cost_model.observe(served.engine.work(30, 20, plan), predicted_s)
+        first = await started(served)
+        while served.engine.runs == 0:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.005)
+        earlier = served.estimate(30, 20, plan)
+        await asyncio.sleep(0.01)
+        later = served.estimate(30, 20, plan)
+        gate.set()
+        await first
+        gate.clear()
+        return earlier.run_s, earlier.wait_s, later.wait_s
+
+    whole, earlier, later = run(lambda: main(20.0))
+    assert 0 < later < earlier < whole
+    assert run(lambda: main(0.0))[1:] == (0, 0), "also of a run that takes longer than was predicted"
 
 
 def test_the_deadline_ends_a_request_that_runs_and_its_cost_counts_until_the_run_is_over(
@@ -273,6 +350,8 @@ def test_dry_run_tells_what_a_request_would_cost(client: TestClient, engine: Eng
     assert int(done.headers["x-cost-pixels"]) == expected
     assert float(done.headers["x-predicted-ms"]) > 0
     assert "encnet_phase_seconds_count" in client.get("/metrics").text
+    reduced = client.post("/segment?dry_run=true&max_side=15", content=picture).json()["pixels"]
+    assert reduced == work_of(15, 10, engine.metadata.base_size, engine.metadata.scales, engine.metadata.flip).cost
 
 
 @pytest.mark.parametrize("route", ["/segment/batch", "/v2/models/tiny_encoded/infer"])
@@ -388,6 +467,70 @@ def test_bytes_in_the_house_are_bounded(client_with: Callable[..., TestClient]) 
     assert refused.status_code == 429
     assert "retry-after" in refused.headers
     assert client.post("/segment", content=encoded(GREY)).status_code == 200, "what was held has been given back"
+
+
+def test_bytes_in_the_house_are_those_of_all_requests_and_given_back(client_with: Callable[..., TestClient]) -> None:
+    app = client_with(max_buffered_bytes=10).app
+
+    async def main() -> None:
+        held, go_on = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(status_of(app, [b"123", b"456"], held, go_on))
+        await held.wait()
+        assert await status_of(app, [b"12345"]) == 429
+        assert await status_of(app, [b"1234"]) == 415, "there was room for it"
+        go_on.set()
+        assert await first == 415
+        assert await status_of(app, [b"1234567890"]) == 415
+
+    run(main)
+
+
+def test_the_time_for_an_upload_does_not_end_a_run(client_with: Callable[..., TestClient], gate: Any) -> None:
+    app = client_with(opening(gate), upload_timeout_ms=50).app
+
+    async def main() -> None:
+        answer = asyncio.create_task(status_of(app, [encoded(GREY)]))
+        await asyncio.sleep(0.2)
+        gate.set()
+        assert await answer == 200
+
+    run(main)
+
+
+async def status_of(
+    app: Any, chunks: list[bytes], held: asyncio.Event | None = None, go_on: asyncio.Event | None = None
+) -> int:
+    """Of a POST to /segment whose body comes in these pieces, and ends when it may go on."""
+    statuses = []
+    pieces = [*chunks, b""]
+
+    async def receive() -> dict[str, Any]:
+        if not pieces:
+            await asyncio.Event().wait()
+        if len(pieces) == 1 and held and go_on:
+            held.set()
+            await go_on.wait()
+        piece = pieces.pop(0)
+        return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/segment", "raw_path": b"/segment"}
+    await app({**scope, "scheme": "http", "query_string": b"", "root_path": "", "headers": []}, receive, send)
+    (status,) = statuses
+    return status
+
+
+def test_a_picture_that_memory_has_no_room_for_is_429(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(image: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("service.images._to_rgb", full)
+    refused = client.post("/segment", content=encoded(GREY))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+    assert refused.headers["retry-after"] == "1"
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -159,9 +159,9 @@ def test_a_picture_that_was_stopped_between_its_files_is_not_done(photos: Path) 
 
 def test_what_a_killed_run_was_writing_is_removed(photos: Path) -> None:
     Path("segmented").mkdir()
-    for name in (".a.mask.png.part", ".presence.json.part", ".video.part"):
+    for name in (".a.mask.png.part", ".a.overlay.jpg.part", ".presence.json.part", ".video.part"):
         Path("segmented", name).write_bytes(b"half")
-    segment(photos)
+    segment(photos, "--no-overlay")
     assert [path.name for path in Path("segmented").glob(".*")] == [".video.part"], "what is not ours stays"
 
 
@@ -191,9 +191,11 @@ def test_overwrite_does_all_again(photos: Path) -> None:
     assert len(Path("segmented/presence.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("arguments", [["--scales", "0.5,1"], ["--flip"]])
+@pytest.mark.parametrize(
+    "arguments", [["--scales", "0.5,1"], ["--flip"], ["--max-side", "20"], ["--window", "32", "--stride", "16"]]
+)
 def test_other_options_are_done_again(photos: Path, arguments: list[str]) -> None:
-    segment(photos)
+    segment(photos, *(["--window", "32"] if "--window" in arguments else []))
     assert len(segmented(segment(photos, *arguments))) == 2
     assert len(segmented(segment(photos, *arguments))) == 0
 
@@ -207,9 +209,11 @@ def test_another_model_or_threshold_is_done_again(
     photos: Path, changed_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segment(photos)
-    assert len(segmented(segment(photos, "--model", changed_model(name="other")))) == 2
+    model = ("--model", changed_model(name="other"))
+    assert len(segmented(segment(photos, *model))) == 2
+    assert len(segmented(segment(photos, *model))) == 0
     monkeypatch.setenv("ENCNET_THRESHOLD", "0.9")
-    assert len(segmented(segment(photos))) == 2
+    assert len(segmented(segment(photos, *model))) == 2
 
 
 def test_a_changed_picture_and_a_lost_or_damaged_output_are_done_again(photos: Path, quadrants: np.ndarray) -> None:
@@ -219,6 +223,16 @@ def test_a_changed_picture_and_a_lost_or_damaged_output_are_done_again(photos: P
     os.truncate("segmented/b.mask.png", 10)
     again = segmented(segment(photos, "--recursive"))
     assert again == [f"{photos}/a.png", f"{photos}/b.png", f"{photos}/more/c.png"]
+
+
+def test_size_and_time_of_a_picture_tell_that_it_has_changed(photos: Path) -> None:
+    segment(photos)
+    times = {name: (photos / name).stat().st_mtime_ns for name in ("a.png", "b.png")}
+    os.utime(photos / "a.png", ns=(0, times["a.png"] + 1_000_000_000))
+    with (photos / "b.png").open("ab") as file:
+        file.write(b"more")
+    os.utime(photos / "b.png", ns=(0, times["b.png"]))
+    assert segmented(segment(photos)) == [f"{photos}/a.png", f"{photos}/b.png"]
 
 
 def test_overlays_can_be_had_later(photos: Path) -> None:
@@ -233,6 +247,13 @@ def test_no_overlay_of_an_older_mask_stays(photos: Path) -> None:
     segment(photos, "--no-overlay", "--flip")
     assert not Path("segmented/a.overlay.jpg").exists()
     assert "overlay" not in summary()["images"][0]
+
+
+def test_a_file_that_is_too_large_is_told_to_be(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {name: (photos / name).stat().st_size for name in ("a.png", "b.png")}
+    monkeypatch.setenv("ENCNET_MAX_BYTES", str(min(sizes.values()) - 1))
+    segment(photos)
+    assert [error["code"] for error in summary()["errors"]] == ["too_many_bytes"] * 2
 
 
 # ---- the tables

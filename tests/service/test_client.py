@@ -26,7 +26,7 @@ from tiny_model import CLASSES, METADATA, encoded, tiny_model
 
 import service
 from service.app import create_app
-from service.client import AsyncClient, Client, Segmentation, SegmentError
+from service.client import LONGEST_PAUSE, AsyncClient, Client, Segmentation, SegmentError, _Attempts
 from service.engine import Engine
 from service.settings import Settings
 
@@ -230,6 +230,15 @@ def test_without_a_time_that_can_be_read_pauses_double(
         assert failure(connect(server.url, retries=3)).status == 429
         assert time.monotonic() - started >= 0.5 * (0.08 + 0.16 + 0.32)
         assert len(server.requests) == 4
+
+
+def test_a_pause_is_never_shorter_than_was_told_and_without_that_never_long() -> None:
+    attempts, final = _Attempts(timeout=3600, retries=20), SegmentError("busy", "too much to do")
+    told = [attempts._pause(10.0, final) for _ in range(200)]
+    assert 10 <= min(told) < max(told) <= 11
+    doubled = [attempts._pause(None, final) for _ in range(20)]
+    assert doubled[0] <= 0.25
+    assert LONGEST_PAUSE / 2 <= min(doubled[5:]) < max(doubled) <= LONGEST_PAUSE
 
 
 def test_a_connection_that_is_cut_is_tried_again(connect: Callable[..., Any], good: bytes) -> None:

@@ -128,6 +128,21 @@ def test_answers_are_the_engines(device: Callable[..., Device], engine: Engine) 
     assert waited >= 0
 
 
+def test_a_run_is_measured_and_a_wait_too(device: Callable[..., Device], engines: list[Moody]) -> None:
+    served = device()
+    work = engines[0].work(8, 8, engines[0].plan())
+    assert served.cost_model.predict(work) < 0.03
+    engines[0].go_on.clear()
+    running = submit(served)
+    assert engines[0].entered.wait(WAIT)
+    waiting = submit(served)
+    time.sleep(0.1)
+    engines[0].go_on.set()
+    running.result(WAIT)
+    assert waiting.result(WAIT)[1] >= 0.1
+    assert served.cost_model.predict(work) > 0.03, "about half of the two runs"
+
+
 def test_a_failing_picture_fails_alone(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device()
     engines[0].failures = [RuntimeError("no memory for this one")]
@@ -177,12 +192,29 @@ def test_waiting_pictures_of_one_shape_share_a_run(device: Callable[..., Device]
     engines[0].go_on.clear()
     jobs = [submit(served)]
     assert engines[0].entered.wait(WAIT)
-    jobs += [submit(served), submit(served, shape=(4, 8)), submit(served), submit(served)]
+    jobs += [submit(served), submit(served, shape=(4, 8)), submit(served), submit(served), submit(served)]
     engines[0].go_on.set()
     answers = [job.result(WAIT)[0] for job in jobs]
-    assert engines[0].runs == [1, 3, 1]
-    assert [answer.mask.shape for answer in answers] == [(8, 8), (8, 8), (4, 8), (8, 8), (8, 8)]
-    assert [answer.batch for answer in answers] == [1, 3, 1, 3, 3]
+    assert engines[0].runs == [1, 3, 1, 1]
+    assert [answer.mask.shape for answer in answers] == [(8, 8), (8, 8), (4, 8), (8, 8), (8, 8), (8, 8)]
+    assert [answer.batch for answer in answers] == [1, 3, 1, 3, 3, 1]
+
+
+def test_pictures_that_ask_for_other_views_do_not_share_a_run(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(max_batch=4)
+    engines[0].go_on.clear()
+    submit(served)
+    assert engines[0].entered.wait(WAIT)
+    jobs = []
+    for flip in (False, True, False):
+        plan = engines[0].plan(flip=flip)
+        jobs.append(Job(GREY, plan, engines[0].work(8, 8, plan), float("inf")))
+        served.submit(jobs[-1])
+    engines[0].go_on.set()
+    answers = [job.done.result(WAIT)[0] for job in jobs]
+    assert [(answer.flip, answer.batch) for answer in answers] == [(False, 2), (True, 1), (False, 2)]
 
 
 def test_a_dead_device_fails_its_run_and_serves_the_waiting(
@@ -230,6 +262,22 @@ def test_a_hung_run_trips_the_watchdog(device: Callable[..., Device], engines: l
     assert len(engines) == 2
 
 
+def test_a_run_does_not_hang_before_ten_times_its_prediction(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(hang_seconds=0.05)
+    for _ in range(50):
+        served.cost_model.observe(engines[0].work(8, 8, engines[0].plan()), 60.0)
+    engines[0].go_on.clear()
+    slow = submit(served)
+    assert engines[0].entered.wait(WAIT)
+    time.sleep(0.2)
+    assert not slow.done()
+    engines[0].go_on.set()
+    assert slow.result(WAIT)[0].mask.shape == (8, 8)
+    assert (len(engines), served.state) == (1, "ready")
+
+
 def test_a_device_that_keeps_dying_is_given_up(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device()
     for attempt in range(RESTARTS + 1):
@@ -243,6 +291,40 @@ def test_a_device_that_keeps_dying_is_given_up(device: Callable[..., Device], en
     assert refused.value.status == 503
 
 
+def test_what_waits_for_a_device_that_cannot_come_back_fails_at_once(model_file: Path) -> None:
+    engine = Moody(model_file, 1)
+    loads: list[Engine | Exception] = [engine, *[ValueError("no memory")] * RESTARTS]
+
+    def load() -> Engine:
+        loaded = loads.pop(0)
+        if isinstance(loaded, Exception):
+            raise loaded
+        return loaded
+
+    served = Device(load)
+    served.wait_until_started()
+    engine.go_on.clear()
+    running = submit(served)
+    assert engine.entered.wait(WAIT)
+    waiting = submit(served)
+    engine.failures = [SystemExit()]
+    engine.go_on.set()
+    for job in (running, waiting):
+        error = job.exception(WAIT)
+        assert isinstance(error, Refusal)
+        assert error.code == "device_failed"
+    assert (served.state, loads) == ("failed", [])
+
+
+def test_a_device_that_dies_now_and_then_is_not_given_up(device: Callable[..., Device], engines: list[Moody]) -> None:
+    served = device()
+    for death in range(1, RESTARTS + 3):
+        engines[-1].failures = [SystemExit()]
+        assert submit(served).exception(WAIT) is not None
+        until(lambda death=death: len(engines) == death + 1 and served.state == "ready")  # type: ignore[misc]
+        submit(served).result(WAIT)
+
+
 def test_a_picture_whose_caller_has_left_is_dropped(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device()
     engines[0].go_on.clear()
@@ -254,6 +336,23 @@ def test_a_picture_whose_caller_has_left_is_dropped(device: Callable[..., Device
     running.result(WAIT)
     stays.result(WAIT)
     assert len(engines[0].runs) == 2
+
+
+def test_a_shared_run_leaves_out_whose_caller_has_left_and_who_is_too_late(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(max_batch=4)
+    engines[0].go_on.clear()
+    running = submit(served)
+    assert engines[0].entered.wait(WAIT)
+    first, left, late, stays = submit(served), submit(served), submit(served, time.monotonic() - 1), submit(served)
+    assert left.cancel()
+    engines[0].go_on.set()
+    assert [job.result(WAIT)[0].batch for job in (running, first, stays)] == [1, 2, 2]
+    error = late.exception(WAIT)
+    assert isinstance(error, Refusal)
+    assert error.code == "deadline_passed"
+    assert (engines[0].runs, len(engines), served.state) == ([1, 2], 1, "ready")
 
 
 def test_a_picture_that_is_too_late_is_dropped(device: Callable[..., Device], engines: list[Moody]) -> None:
@@ -274,7 +373,9 @@ def test_closing_fails_what_waits_and_finishes_what_runs(device: Callable[..., D
     closing.start()
     error = waiting.exception(WAIT)
     assert isinstance(error, Refusal)
-    assert error.status == 503
+    assert (error.code, error.status) == ("draining", 503)
+    closing.join(0.05)
+    assert closing.is_alive(), "it waits for what runs"
     engines[0].go_on.set()
     running.result(WAIT)
     closing.join(WAIT)
@@ -289,6 +390,35 @@ def test_what_the_first_load_raises_reaches_the_caller() -> None:
     with pytest.raises(ValueError, match="no such model"):
         served.wait_until_started()
     assert served.state == "failed"
+
+
+def test_a_device_closed_while_it_loads_stays_closed(model_file: Path) -> None:
+    go_on = threading.Event()
+
+    def load() -> Engine:
+        assert go_on.wait(WAIT)
+        return Moody(model_file, 1)
+
+    served = Device(load)
+    (thread,) = served._threads
+    served.close(0)
+    go_on.set()
+    thread.join(WAIT)
+    assert (thread.is_alive(), served.state) == (False, "closed")
+
+
+def test_a_device_that_dies_after_it_was_closed_stays_closed(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device()
+    engines[0].go_on.clear()
+    running = submit(served)
+    assert engines[0].entered.wait(WAIT)
+    served.close(0)
+    engines[0].failures = [SystemExit()]
+    engines[0].go_on.set()
+    assert running.exception(WAIT) is not None
+    assert (len(engines), served.state) == (1, "closed")
 
 
 def test_a_run_that_nobody_waits_for_is_stopped(device: Callable[..., Device], engines: list[Moody]) -> None:
@@ -319,14 +449,15 @@ def test_a_run_goes_on_while_somebody_waits_for_one_of_its_pictures(
     submit(served)
     until(lambda: engines[0].runs == [1])
     plan = engines[0].plan()
-    left, kept = (Job(GREY, plan, engines[0].work(8, 8, plan), float("inf")) for _ in range(2))
+    picture = np.full((*STUCK, 3), 128, np.uint8)
+    left, kept = (Job(picture, plan, engines[0].work(*STUCK, plan), float("inf")) for _ in range(2))
     served.submit(left)
     served.submit(kept)
-    engines[0].entered.clear()
     engines[0].go_on.set()
-    assert engines[0].entered.wait(WAIT)
+    assert engines[0].stuck.wait(WAIT)
     served.abandon(left)
-    assert kept.done.result(WAIT)[0].mask.shape == (8, 8)
+    engines[0].come_back.set()
+    assert kept.done.result(WAIT)[0].batch == 2
 
 
 # ---- lanes
@@ -375,6 +506,26 @@ def test_a_dead_lane_fails_its_own_run_only(device: Callable[..., Device], engin
     assert (len(engines), len(engines[0].runs), served.state) == (2, 2, "ready")
 
 
+def test_a_lane_of_an_engine_given_up_takes_no_more_pictures(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(lanes=2)
+    neighbour = submit(served, shape=STUCK)
+    assert engines[0].stuck.wait(WAIT)
+    engines[0].failures = [SystemExit()]
+    assert submit(served).exception(WAIT) is not None
+    until(lambda: len(engines) == 2 and served.state == "ready")
+    jobs = [submit(served, shape=STUCK), submit(served, shape=STUCK), submit(served)]
+    until(lambda: len(engines[1].runs) == 2)
+    engines[0].come_back.set()
+    neighbour.result(WAIT)
+    time.sleep(0.05)
+    engines[1].come_back.set()
+    for job in jobs:
+        job.result(WAIT)
+    assert (len(engines[0].runs), len(engines[1].runs)) == (2, 3)
+
+
 def test_a_hung_lane_fails_its_own_run_only(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device(lanes=2, hang_seconds=0.5)
     hung, other = submit(served, shape=STUCK), submit(served)
@@ -414,6 +565,48 @@ def test_large_pictures_run_one_at_a_time_on_all_threads(device: Callable[..., D
     for job in jobs:
         job.result(WAIT)
     assert engines[0].beside == 0
+
+
+def test_as_many_pixels_as_are_allowed_run_side_by_side(device: Callable[..., Device], engines: list[Moody]) -> None:
+    served = device(lanes=2, beside_pixels=2 * 64)
+    engines[0].go_on.clear()
+    jobs = [submit(served), submit(served)]
+    until(lambda: len(engines[0].runs) == 2)
+    engines[0].go_on.set()
+    for job in jobs:
+        job.result(WAIT)
+
+
+def test_a_picture_that_is_larger_than_all_that_runs_side_by_side_runs_alone(device: Callable[..., Device]) -> None:
+    assert submit(device(lanes=2, beside_pixels=1)).result(WAIT)[0].mask.shape == (8, 8)
+
+
+def test_pictures_that_waited_for_a_large_one_run_side_by_side(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(lanes=2, beside_pixels=64)
+    engines[0].go_on.clear()
+    large = submit(served)
+    assert engines[0].entered.wait(WAIT)
+    small = [submit(served, shape=STUCK), submit(served, shape=STUCK)]
+    engines[0].go_on.set()
+    large.result(WAIT)
+    until(lambda: len(engines[0].runs) == 3)
+    engines[0].come_back.set()
+    for job in small:
+        job.result(WAIT)
+
+
+def test_a_picture_that_finds_another_running_leaves_it_its_threads(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(lanes=2)
+    first = submit(served, shape=STUCK)
+    assert engines[0].stuck.wait(WAIT)
+    submit(served).result(WAIT)
+    assert (engines[0].runs, engines[0].beside) == ([1, 1], 1)
+    engines[0].come_back.set()
+    first.result(WAIT)
 
 
 def test_runs_side_by_side_share_the_devices_time(device: Callable[..., Device], engines: list[Moody]) -> None:

@@ -251,6 +251,13 @@ def test_too_many_bytes(client_with: Callable[..., TestClient], png: bytes, send
         assert str(len(png)) in message
 
 
+def test_a_json_body_too_long_for_a_picture_is_not_read(client_with: Callable[..., TestClient]) -> None:
+    client = client_with(max_bytes=3000)
+    headers = {"Content-Type": "application/json"}
+    assert_error(client.post("/segment", content=b"x" * (4000 + 65536), headers=headers), 400, "invalid_body")
+    assert_error(client.post("/segment", content=b"x" * (4001 + 65536), headers=headers), 413, "too_many_bytes")
+
+
 # ---- forms at fault
 
 
@@ -324,7 +331,8 @@ def test_an_unforeseen_failure_is_json_without_a_traceback(
 
 
 def test_request_id_is_echoed_where_it_is_decent_and_made_otherwise(client: TestClient) -> None:
-    assert client.get("/healthz", headers={"X-Request-ID": "mine.42"}).headers["x-request-id"] == "mine.42"
+    for good in ("mine.42", "x" * 128):
+        assert client.get("/healthz", headers={"X-Request-ID": good}).headers["x-request-id"] == good
     for bad in ("a b", "x" * 129, "<script>", ""):
         made = client.get("/healthz", headers={"X-Request-ID": bad}).headers["x-request-id"]
         assert made != bad

@@ -110,6 +110,13 @@ def test_sixteen_bits_are_scaled_not_clipped(format: str) -> None:
     np.testing.assert_array_equal(picture.pixels[0, :, 0], [0, 0, 1, 128, 255])
 
 
+def test_sixteen_bits_with_the_high_byte_first() -> None:
+    wide = Image.frombytes("I;16B", (3, 1), np.array([257, 32896, 65535], ">u2").tobytes())
+    picture = read(encoded(wide, "TIFF"))
+    assert picture.mode == "I;16B"
+    np.testing.assert_array_equal(picture.pixels[0, :, 0], [1, 128, 255])
+
+
 def test_sixteen_bit_grey_with_a_transparent_key() -> None:
     rows = b"".join(b"\0" + np.array(row, ">u2").tobytes() for row in ([0, 1000], [1001, 65535]))
     picture = read(_png(2, 2, rows, bit_depth=16, key=struct.pack(">H", 1000)))
@@ -253,7 +260,7 @@ def test_damage_anywhere_never_raises_anything_else(photo: np.ndarray, kind: str
             assert error.message
 
 
-@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"])
 def test_heic_is_refused_by_name(brand: bytes) -> None:
     data = struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1heic" + bytes(100)
     with pytest.raises(InputError, match="HEIC"):
@@ -270,6 +277,20 @@ def test_a_colour_profile_changes_nothing(photo: np.ndarray, format: str) -> Non
 
 
 # ---- limits
+
+
+def test_a_reduced_picture_has_at_least_a_pixel_each_way() -> None:
+    for wide, size in ((True, (10, 1)), (False, (1, 10))):
+        pixels = np.full((1, 300, 3) if wide else (300, 1, 3), 90, np.uint8)
+        picture = decode(encoded(pixels), max_bytes=1 << 20, max_pixels=300, max_side=10)
+        assert (picture.width, picture.height) == size
+
+
+def test_reducing_averages() -> None:
+    stripes = np.zeros((8, 64, 3), np.uint8)
+    stripes[:, ::2] = 200
+    picture = decode(encoded(stripes), max_bytes=1 << 20, max_pixels=1 << 20, max_side=16)
+    assert np.abs(picture.pixels.astype(int) - 100).max() <= 10
 
 
 def test_too_many_bytes(photo: np.ndarray) -> None:

@@ -136,6 +136,7 @@ def test_the_host_header_opens_no_door(client_with: Callable[..., TestClient]) -
 
 
 def test_decoding_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch, quadrants: np.ndarray) -> None:
+    assert images.DECODE_SECONDS == 10, "as README says"
     monkeypatch.setattr(images, "DECODE_SECONDS", -1.0)
     with pytest.raises(InputError, match="to decode") as refused:
         decode(encoded(quadrants), max_bytes=10**6, max_pixels=10**6)

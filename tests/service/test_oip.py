@@ -611,9 +611,9 @@ def test_unload_and_load(call: Call, batch: np.ndarray) -> None:
     with pytest.raises(InferenceServerException, match=r"\[503\]"):
         call("infer", "other", [tensor("image", batch)])
     assert call("is_model_ready", "tiny") is True
-    states = {entry["name"]: entry["state"] for entry in call("get_model_repository_index")}
-    assert states["other"] == "UNAVAILABLE"
-    assert states["tiny"] == "READY"
+    states = {entry["name"]: (entry["state"], entry["reason"]) for entry in call("get_model_repository_index")}
+    assert states["other"] == ("UNAVAILABLE", "it was unloaded")
+    assert states["tiny"] == ("READY", "")
     call("load_model", "other")
     assert call("is_model_ready", "other") is True
     call("infer", "other", [tensor("image", batch)])

@@ -105,6 +105,40 @@ def test_a_key_is_asked_for_where_keys_are_set(client_with: Callable[..., TestCl
     assert client.get("/readyz").status_code == client.get("/metrics").status_code == 200
 
 
+OPEN = ("/", "/docs", "/openapi.json", "/livez", "/readyz", "/healthz", "/metrics") + (
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/page/settings",
+    "/samples",
+    "/static-offline-docs/swagger-ui.css",
+)
+
+
+def test_a_key_guards_every_route_that_is_not_told_to_be_open(client_with: Callable[..., TestClient]) -> None:
+    client = client_with(api_keys=(SecretStr("first"),))
+    assert [client.get(path).status_code for path in OPEN] == [200] * len(OPEN)
+    documented = client.get("/openapi.json").json()["paths"]
+    guarded = {path: method for path, methods in documented.items() for method in methods if path not in OPEN}
+    assert {"/segment", "/segment/batch", "/models", "/classes"} <= guarded.keys()
+    for path in ("/v2", "/v2/models/tiny", "/v2/models/tiny/ready", "/v2/logging", "/nowhere", "/livez/", "/docs/x"):
+        guarded[path] = "get"
+    assert {path: client.request(method, path).status_code for path, method in guarded.items()} == dict.fromkeys(
+        guarded, 401
+    )
+
+
+@pytest.mark.parametrize("host", ["a/livez?", "a/docs#", "a/page/", "a/samples"])
+def test_a_host_header_opens_no_route(client_with: Callable[..., TestClient], host: str) -> None:
+    client = client_with(api_keys=(SecretStr("first"),))
+    assert client.get("/models", headers={"Host": host}).status_code == 401
+
+
+def test_a_browser_may_ask_beforehand_without_a_key(client_with: Callable[..., TestClient]) -> None:
+    client = client_with(api_keys=(SecretStr("first"),), cors_origins=("https://a.example",))
+    asking = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert client.options("/segment", headers=asking).status_code == 200
+
+
 def test_other_origins_may_call_only_where_they_are_named(client_with: Callable[..., TestClient]) -> None:
     asking = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in client_with().options("/segment", headers=asking).headers
@@ -120,6 +154,7 @@ def test_security_headers_are_on_every_answer(client: TestClient) -> None:
     for answer in (client.get("/models"), client.get("/nowhere"), client.post("/segment", content=b"x")):
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["x-frame-options"] == "DENY"
+        assert answer.headers["referrer-policy"] == "no-referrer"
 
 
 # ---- log lines

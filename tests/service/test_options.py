@@ -77,6 +77,13 @@ def test_range_and_number_come_from_the_settings() -> None:
             parse_options([("scales", text)], settings)
 
 
+def test_limits_belong_to_what_is_allowed() -> None:
+    allowed = [("timeout_ms", "300000"), ("window", "64"), ("stride", "8"), ("threshold", "1"), ("max_side", "1")]
+    assert parse(*allowed).stride == 8
+    for name, text in (("timeout_ms", "300001"), ("timeout_ms", "0"), ("stride", "7"), ("stride", "65")):
+        assert refusal(("window", "64"), (name, text)).code == "invalid_option"
+
+
 def test_flip_and_format_say_what_they_take() -> None:
     assert "true or false" in refusal(("flip", "maybe")).message
     message = refusal(("format", "bmp")).message

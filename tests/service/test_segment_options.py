@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from service.engine import Engine
 from service.errors import InputError
 from service.fetch import fetch, is_public
 from service.formats import FORMATS
+from service.presence import presence_rows
 
 LABELLED = [name for name, known in FORMATS.items() if known.carries_labels]
 
@@ -109,15 +110,23 @@ def test_windows_cover_the_picture_and_average_where_they_meet(engine: Engine) -
     image = np.random.default_rng(2).integers(0, 255, (50, 64, 3), np.uint8)
     answer = engine.segment(image, window=32, stride=18, probabilities=True)
     total, visits = np.zeros((4, 50, 64), np.float32), np.zeros((50, 64), np.float32)
+    scores = []
     for top in (0, 18):
         for left in (0, 18, 32):
             part = engine.segment(image[top : top + 32, left : left + 32], probabilities=True)
             assert part.probabilities is not None
             total[:, top : top + 32, left : left + 32] += part.probabilities
             visits[top : top + 32, left : left + 32] += 1
+            scores.append(part.presence)
     assert visits.min() == 1
+    np.testing.assert_array_equal(answer.presence, np.max(scores, 0), "each class's highest among the windows")
+    assert len(set(np.argmax(scores, 0).tolist())) > 1
     np.testing.assert_allclose(answer.probabilities, total / visits, rtol=1e-6)
     np.testing.assert_array_equal(answer.mask, total.argmax(0))
+
+
+def test_windows_step_by_two_thirds_where_no_stride_is_given(engine: Engine) -> None:
+    assert [engine.plan(window=window).stride for window in (32, 33, 34, 1)] == [22, 22, 23, 1]
 
 
 def test_a_window_larger_than_the_picture_changes_nothing(engine: Engine, noisy: np.ndarray) -> None:
@@ -146,6 +155,12 @@ def test_classes_keeps_those_and_nothing_else(
     np.testing.assert_array_equal(mask, np.where(np.isin(quadrants_mask, (1, 3)), quadrants_mask, 255))
     if format == "json":
         assert {row["class"]: row["pixels"] for row in answer.json()["presence"]} == {"red": 300, "blue": 300}
+
+
+def test_a_class_is_present_from_the_threshold_on() -> None:
+    scores = np.array([0.5, np.nextafter(np.float32(0.5), np.float32(0))], np.float32)
+    rows = presence_rows(np.zeros((2, 2), np.uint8), scores, ("road", "sky"), 0.5)
+    assert [(row["class"], row["present"]) for row in rows] == [("road", True), ("sky", False)]
 
 
 def test_threshold_is_the_requests_own(client: TestClient, quadrants: np.ndarray) -> None:
@@ -272,13 +287,18 @@ DRIPS = {  # what comes at once before one byte after another
 
 
 class Host(BaseHTTPRequestHandler):
-    """A picture host: /picture, /moved, /slow, /endless, /empty, /drip/... and 404."""
+    """A picture host: /picture, /part of it, /moved, /slow, /endless, /empty, /drip/... and 404.
+
+    `names` are those that it was asked by.
+    """
 
     picture = b""
+    names: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
-        if self.path == "/picture?a=1":
-            self.send_response(200)
+        self.names.append(self.headers["Host"])
+        if self.path in ("/picture?a=1", "/part"):
+            self.send_response(206 if self.path == "/part" else 200)
             self.send_header("Content-Length", str(len(self.picture)))
             self.end_headers()
             self.wfile.write(self.picture)
@@ -334,12 +354,18 @@ def local(url: str, **options: Any) -> bytes:
 def test_a_picture_is_fetched(host: str, quadrants: np.ndarray) -> None:
     Host.picture = encoded(quadrants)
     assert local(f"{host}/picture?a=1") == Host.picture
+    assert host == f"http://{Host.names[-1]}"
+    assert local(f"{host}/picture?a=1", max_bytes=len(Host.picture)) == Host.picture
+    with pytest.raises(InputError) as refused:
+        local(f"{host}/picture?a=1", max_bytes=len(Host.picture) - 1)
+    assert refused.value.code == "too_many_bytes"
 
 
 @pytest.mark.parametrize(
     ("path", "code", "part"),
     [
         ("/moved", "url_failed", "302"),
+        ("/part", "url_failed", "206"),
         ("/nothing", "url_failed", "404"),
         ("/slow", "url_failed", "too long"),
         ("/endless", "too_many_bytes", "larger"),
@@ -369,6 +395,9 @@ def test_the_time_is_for_the_whole_fetch_however_slowly_the_host_sends(host: str
         "http://",
         "//example.com/a",
         "http://user:pw@example.com/",
+        "http://@example.com/",
+        "http://example.com/a b",
+        "http://example.com/\u00e4",
         "http://[x/",
     ]
     + ["http://a b/", "http://example.com/\r\nX: y", "http://example.com:99999/"],
@@ -406,10 +435,34 @@ def test_private_addresses_are_not_public(address: str) -> None:
     assert refused.value.code == "url_refused"
 
 
+def test_a_host_without_an_address_is_refused() -> None:
+    with pytest.raises(InputError) as refused:
+        fetch("http://example.com/", max_bytes=1, timeout_s=1, resolver=lambda host, port: [])
+    assert refused.value.code == "url_refused"
+
+
+@pytest.mark.parametrize(
+    ("url", "port"), [("http://a.example/x", 80), ("https://a.example/x", 443), ("http://a.example:8080/x", 8080)]
+)
+def test_the_port_is_the_urls_or_its_schemes(url: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    connected = []
+
+    def refuse(address: tuple[str, int], **options: Any) -> None:
+        connected.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(InputError) as failed:
+        fetch(url, max_bytes=1, timeout_s=1, resolver=lambda host, port: ["8.8.8.8", "1.1.1.1"])
+    assert (failed.value.code, connected) == ("url_failed", [("8.8.8.8", port)])
+
+
 def test_public_addresses_are() -> None:
     assert is_public("8.8.8.8")
     assert is_public("2606:4700:4700::1111")
     assert is_public("64:ff9b::808:808")  # 8.8.8.8, as the name servers of networks without IPv4 give it
+    for carrier in ("::ffff:8.8.8.8", "2002:808:808::", "2001:0:4136:e378:8000:63bf:f7f7:f7f7"):
+        assert is_public(carrier), "counts as the 8.8.8.8 that it carries"
 
 
 def test_the_address_that_was_checked_is_the_one_connected_to(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
