@@ -181,7 +181,7 @@ def test_a_full_queue_names_the_time_until_enough_of_it_is_done(pipeline: Callab
             served.device.cost_model.observe(work, 100.0)
         taken = [await started(served, timeout_ms=3_600_000) for _ in range(2)]
         wait_s = served.estimate(30, 20, plan).wait_s
-        refused = await refusal_of(served.segment(GREY, Options()))
+        refused = await refusal_of(served.segment(GREY, Options.model_construct(timeout_ms=3_600_000)))
         assert refused.retry_after == pytest.approx(wait_s / 2, rel=0.1), "half of what is queued has to go"
         gate.set()
         await asyncio.gather(*taken)
