@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -23,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.commit import commit
 from benchmarks.runs import ROOT, Job, RunError, advance
 from model.arguments import at_least_one, minutes
 from model.files import replacing
@@ -122,13 +122,12 @@ def write(
 
 
 def describe(data: Path, config: Path, options: tuple[str, ...], seeds: int) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     recipe = config.resolve()
     shown = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe.name
     words = f"--data {data.name} --config {shown} --out runs/ablation --seeds {seeds}"
     return {
         "command": " ".join(["python -m benchmarks.ablation", words, *options]),
-        "commit": commit,
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "data": data.resolve().name,
         "split": VIEW,
