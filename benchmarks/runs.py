@@ -18,7 +18,7 @@ from model.train import BOOKKEEPING
 
 ROOT = Path(__file__).parents[1]
 LEAST_SECONDS = 20  # with less left of a piece nothing new is begun
-COMPILE_SECONDS = 130  # more than that, for training on a GPU: torch.compile may take so long before the first step
+COMPILE_SECONDS = 130  # more than that, on a GPU: torch.compile may take so long before the first step
 RESERVE_SECONDS = 15  # of a piece, to save and stop in
 HANG_SECONDS = 40
 
@@ -52,7 +52,9 @@ class Job:
         return Recipe(**read_recipe(self.config, list(self.options)))
 
     def check(self, root: Path) -> None:
-        """Raise RunError where the job's folder holds a run that was started with other options."""
+        """Raise RunError where the data are missing or the job's folder holds a run of other options."""
+        if not self.data.is_dir():
+            raise RunError(f"{self.data}: no such data folder")
         folder = root / self.name
         if not (folder / "last.pt").exists():
             return
@@ -90,7 +92,7 @@ def advance(job: Job, root: Path, until: float) -> bool:
     folder, data = root.resolve() / job.name, str(job.data.resolve())
     for step in job.missing(root):
         seconds = until - time.monotonic()
-        compiles = step == "training" and torch.cuda.is_available()
+        compiles = step == "training" and torch.cuda.is_available() and job.recipe().compile
         if seconds < LEAST_SECONDS + COMPILE_SECONDS * compiles:
             return False
         if step == "training":
