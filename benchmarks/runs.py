@@ -52,9 +52,7 @@ class Job:
         return Recipe(**read_recipe(self.config, list(self.options)))
 
     def check(self, root: Path) -> None:
-        """Raise RunError where the data are missing or the job's folder holds a run of other options."""
-        if not self.data.is_dir():
-            raise RunError(f"{self.data}: no such data folder")
+        """Raise RunError where the job's folder holds a run that was started with other options."""
         folder = root / self.name
         if not (folder / "last.pt").exists():
             return
@@ -86,9 +84,11 @@ def call(module: str, words: list[str], seconds: float) -> int | None:
 def advance(job: Job, root: Path, until: float) -> bool:
     """Go on with a job until it is finished or, by `time.monotonic()`, the time is up; whether it is finished.
 
-    Training is told to save and stop in time and goes on from there at the next call. Raises RunError where a
-    command fails; one that hangs is ended HANG_SECONDS after its time.
+    Training is told to save and stop in time and goes on from there at the next call. Raises RunError where the
+    data are missing or a command fails; one that hangs is ended HANG_SECONDS after its time.
     """
+    if not job.data.is_dir():
+        raise RunError(f"{job.name}: {job.data}: no such data folder")
     folder, data = root.resolve() / job.name, str(job.data.resolve())
     for step in job.missing(root):
         seconds = until - time.monotonic()

@@ -58,7 +58,7 @@ def test_a_job_in_processes_of_its_own_goes_on_where_its_time_was_up(data, tmp_p
     assert runs.advance(job, tmp_path, math.inf)
     assert job.missing(tmp_path) == []
     assert job.totals(tmp_path, "test")["pictures"] == 1
-    broken = runs.Job("broken", data / "absent", job.config, options, {})
+    broken = runs.Job("broken", job.data, job.config, (*options, "batch=1000"), {})
     with pytest.raises(runs.RunError, match="broken: training failed with exit status 2"):
         runs.advance(broken, tmp_path, math.inf)
 
@@ -165,9 +165,9 @@ def test_a_run_that_fails_leaves_the_others_alone(data, tmp_path, monkeypatch, c
     assert json.loads((tmp_path / "results" / "runs.json").read_text())["failed"]
 
 
-def test_without_the_data_nothing_is_begun(tmp_path, called, capsys):
+def test_without_a_data_set_its_runs_are_not_begun(tmp_path, called, capsys):
     assert gpu_train.main(["--data", str(tmp_path / "absent"), "--out", str(tmp_path), *TINY]) == 2
-    assert f"{tmp_path / 'absent' / 'camvid'}: no such data folder" in capsys.readouterr().err
+    assert f"camvid: {tmp_path / 'absent' / 'camvid'}: no such data folder" in capsys.readouterr().err
     assert not called
 
 
