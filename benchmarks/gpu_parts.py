@@ -591,6 +591,7 @@ def onnx_runtime(device: str, report: Report) -> None:
             options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "encnet-gpu-check")
             assert service_kernels.register(options, cuda=device != "cpu"), "the library is not registered"
             session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
+            assert provider in session.get_providers(), f"{provider} does not start here"
             encoded = torch.from_numpy(session.run(None, feeds)[0])
             profile = Path(session.end_profiling())
             nodes = profile.read_text()

@@ -1,11 +1,12 @@
 """Everything that is to be trained on one GPU, in pieces: `make gpu-train`, again and again until it is finished.
 
 Each call goes on where the last one stopped. It begins nothing that --minutes leaves too little time for, training
-stops and saves in time, and a training or an evaluation that hangs is ended soon after. The runs, in order: the best
-network for CamVid and for MSRC-21, CamVid without reference_positions and its comparison, and the ablation on both
-data sets. OUT/RUN holds a run as model.train and model.evaluate leave it; OUT/results is what is worth carrying away,
-small files only: figures, curves, contact sheets and the ablation's tables of what is finished, and the best networks'
-weights in files of at most 15 MB (benchmarks/split_weights.py joins them).
+stops and saves in time, and a training or an evaluation that hangs is ended soon after. One that fails leaves the
+others alone; the exit status is then 2. The runs, in order: the best network for CamVid and for MSRC-21, CamVid without
+reference_positions and its comparison, and the ablation on both data sets. OUT/RUN holds a run as model.train and
+model.evaluate leave it; OUT/results is what is worth carrying away, small files only: figures, curves, contact sheets
+and the ablation's tables of what is finished, and the best networks' weights in files of at most 15 MB
+(benchmarks/split_weights.py joins them).
 """
 
 import argparse
@@ -76,30 +77,37 @@ def compare_factor(data: Path, out: Path, until: float) -> None:
             raise RunError("the comparison of reference_positions failed")
 
 
-def piece(data: Path, out: Path, options: tuple[str, ...], until: float, console: Console) -> list[str]:
-    """Go on with the list until it is finished or the time is up; what is not finished, by name."""
+def piece(
+    data: Path, out: Path, options: tuple[str, ...], until: float, console: Console
+) -> tuple[list[str], list[str]]:
+    """Go on with the list until it is finished or the time is up; what is not finished, by name, and what failed."""
     best = main_jobs(data, options)
     ablations = {name: ablation_jobs(name, data, options) for name in MAIN}
     work = [(job, out) for job in best]
     work += [(job, out / f"ablation-{name}") for name, planned in ablations.items() for job in planned.values()]
     for job, folder in work:
         job.check(folder)
+    failed: list[str] = []
     for job, folder in work:
-        if job.missing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not advance(job, folder, until):
-                break
-        if folder == out:
-            collect(job, out)
-        if job.name == WITHOUT_FACTOR:
-            compare_factor(data, out, until)
+        try:
+            if job.missing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                if not advance(job, folder, until):
+                    break
+            if folder == out:
+                collect(job, out)
+            if job.name == WITHOUT_FACTOR:
+                compare_factor(data, out, until)
+        except RunError as error:
+            failed.append(str(error))
+            print(f"error: {error}", file=sys.stderr, flush=True)
     for name, planned in ablations.items():
         folder = out / f"ablation-{name}"
         if folder.exists():
             about = ablation.describe(data / name, RECIPES / f"ablation-{name}.toml", options, SEEDS)
             ablation.write(out / "results" / f"ablation-{name}.json", planned, folder, about, console)
     left = [str((folder / job.name).relative_to(out)) for job, folder in work if job.missing(folder)]
-    return left if (out / "results" / f"{COMPARISON}.json").exists() else [*left, COMPARISON]
+    return left if (out / "results" / f"{COMPARISON}.json").exists() else [*left, COMPARISON], failed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,10 +122,10 @@ def main(arguments: list[str] | None = None) -> int:
     if torch.cuda.is_available():
         subprocess.run([sys.executable, "model/kernels/build.py", "--quiet"], cwd=ROOT)
     try:
-        left = piece(options.data, options.out, words, until, Console())
+        left, failed = piece(options.data, options.out, words, until, Console())
         done = [job for job in main_jobs(options.data, words) if not job.missing(options.out)]
         figures = {job.name: {view: job.totals(options.out, view) for view in job.views} for job in done}
-        document: dict[str, Any] = {"left": left, "runs": figures}
+        document: dict[str, Any] = {"left": left, "failed": failed, "runs": figures}
         results.mkdir(exist_ok=True)
         with replacing(results / "runs.json") as file:
             file.write(json.dumps(document, indent=1).encode() + b"\n")
@@ -125,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(left)} parts are not finished; the same command goes on" if left else f"all is in {results}")
-    return 0
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

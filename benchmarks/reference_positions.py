@@ -8,13 +8,13 @@ their usual size. Figures go to --output (default benchmarks/results/reference-p
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.commit import commit
 from model.arguments import scales
 from model.checkpoint import CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, open_dataset
@@ -70,10 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--output", type=Path, default=RESULTS / "reference-positions.json", metavar="FILE.json")
     options = parser.parse_args(arguments)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     document: dict[str, Any] = {
         "command": "python -m benchmarks.reference_positions",
-        "commit": commit,
+        "commit": commit(),
         "data": options.data.resolve().name,
         "split": options.split,
     }

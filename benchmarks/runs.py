@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.commit import commit
 from model.recipe import Recipe, read_recipe
 from model.train import BOOKKEEPING
 
 ROOT = Path(__file__).parents[1]
 LEAST_SECONDS = 20  # with less left of a piece nothing new is begun
-COMPILE_SECONDS = 130  # more than that, for training on a GPU: torch.compile may take so long before the first step
+COMPILE_SECONDS = 130  # more than that, on a GPU: torch.compile may take so long before the first step
 RESERVE_SECONDS = 15  # of a piece, to save and stop in
 HANG_SECONDS = 40
 
@@ -82,7 +83,7 @@ def run_facts(module: str, words: str, data: Path, config: Path, options: Sequen
     shown = recipe.relative_to(ROOT) if recipe.is_relative_to(ROOT) else recipe.name
     return {
         "command": f"python -m {module} --data {data.name} --config {shown} {words}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "data": data.resolve().name,
         "recipe": read_recipe(config, list(options)),
@@ -100,13 +101,15 @@ def call(module: str, words: list[str], seconds: float) -> int | None:
 def advance(job: Job, root: Path, until: float) -> bool:
     """Go on with a job until it is finished or, by `time.monotonic()`, the time is up; whether it is finished.
 
-    Training is told to save and stop in time and goes on from there at the next call. Raises RunError where a
-    command fails; one that hangs is ended HANG_SECONDS after its time.
+    Training is told to save and stop in time and goes on from there at the next call. Raises RunError where the
+    data are missing or a command fails; one that hangs is ended HANG_SECONDS after its time.
     """
+    if not job.data.is_dir():
+        raise RunError(f"{job.name}: {job.data}: no such data folder")
     folder, data = root.resolve() / job.name, str(job.data.resolve())
     for step in job.missing(root):
         seconds = until - time.monotonic()
-        compiles = step == "training" and torch.cuda.is_available()
+        compiles = step == "training" and torch.cuda.is_available() and job.recipe().compile
         if seconds < LEAST_SECONDS + COMPILE_SECONDS * compiles:
             return False
         if step == "training":

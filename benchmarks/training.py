@@ -10,7 +10,8 @@ CPU something small. Other options as key=value, as model.train takes them. Comp
 
 The share of the matmul rate is the step's floating-point operations, counted by PyTorch, over its time, relative to
 those of a large matrix product in the same type on the same device. Times are medians in milliseconds, each part
-waited for. Results go to benchmarks/results/training-<device>.json, written as they come.
+waited for. On a GPU the kernels are built first. Results go to benchmarks/results/training-<device>.json, written as
+they come.
 """
 
 import argparse
@@ -35,7 +36,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.commit import commit
 from benchmarks.gpu_parts import broadcast_form
+from benchmarks.runs import ROOT
 from model.augment import StepSampler
 from model.encoding import Encoding, backend, encode_reference
 from model.files import replacing
@@ -205,10 +208,9 @@ def describe(device: torch.device, words: list[str]) -> dict[str, Any]:
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} {platform.machine()} cores"
     )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "command": " ".join(["python -m benchmarks.training", *words]),
-        "commit": commit,
+        "commit": commit(),
         "device": name,
         "torch": torch.__version__,
         "encoding": backend(device.type),
@@ -276,6 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if cuda:
+        subprocess.run([sys.executable, "model/kernels/build.py", "--quiet"], cwd=ROOT)
     result = describe(torch.device("cuda" if cuda else "cpu"), words)
     short = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-") if cuda else "cpu"
     output = options.output or RESULTS / f"training-{short}.json"

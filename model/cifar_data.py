@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from model.cifar import CLASSES
 from model.data import DataError
+from model.pictures import send
 
 SIDE, CHANNELS, PADDING = 32, 3, 4
 RECORD = 1 + CHANNELS * SIDE * SIDE
@@ -106,7 +107,7 @@ def crops(images: Tensor, random: Generator) -> Tensor:
     columns = numpy.where(random.random((count, 1)) < 0.5, steps[::-1], steps)
     padded = F.pad(images, [PADDING] * 4)
     picture, y, x = (
-        torch.from_numpy(numpy.ascontiguousarray(part)).to(images.device)
+        send(torch.from_numpy(numpy.ascontiguousarray(part)), images.device)
         for part in (numpy.arange(count)[:, None, None], (top + steps)[:, :, None], (left + columns)[:, None, :])
     )
     return padded[picture, :, y, x]

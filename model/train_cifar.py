@@ -25,6 +25,7 @@ from model.cifar import CifarCheckpoint, CifarEncNet, load_cifar, save_cifar
 from model.cifar_data import MEAN, STD, Pictures, crops, open_cifar
 from model.data import DataError
 from model.evaluate import EvaluationError, choose_device
+from model.pictures import send
 from model.predict import normalise
 from model.progress import training_progress
 from model.recipe import RecipeError, continued, option, options_table, read_recipe
@@ -71,7 +72,8 @@ class CifarRecipe:
 
 def logits(network: CifarEncNet, images: Tensor, precision: str) -> Tensor:
     """uint8 (B, 32, 32, 3) on the network's device -> float32 (B, 10)."""
-    batch = normalise(images, MEAN, STD).contiguous(memory_format=torch.channels_last)
+    mean, std = (send(torch.tensor(values), images.device) for values in (MEAN, STD))
+    batch = normalise(images, mean, std).contiguous(memory_format=torch.channels_last)
     with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         return network(batch).float()
 
@@ -142,7 +144,7 @@ class CifarRun:
         rate = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        chosen = torch.tensor(indices, device=self.device)
+        chosen = send(torch.tensor(indices), self.device)
         images = crops(self.train.images[chosen], default_rng(SeedSequence([recipe.seed, self.step, 1])))
         loss = F.cross_entropy(logits(self.network, images, recipe.precision), self.train.labels[chosen])
         self.optimizer.zero_grad(set_to_none=True)

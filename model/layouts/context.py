@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from pycocotools import mask as run_lengths
 
 from model.layouts.split import (
     CLASSES,
@@ -104,6 +103,13 @@ class Annotations:
 
     def read(self, path: Path) -> numpy.ndarray:
         """Raw labels int32 (H, W), category ids, of trainval_merged.json/ID."""
+        try:
+            from pycocotools import mask as run_lengths
+        except ImportError as error:
+            raise DataError(
+                f"{path}: run lengths need pycocotools (pip install pycocotools); "
+                f"the PNG forms, {CONVERTED} and {ORIGINAL}, do without"
+            ) from error
         raw = numpy.zeros(self.sizes[path.name], numpy.int32)
         for category, segment in self.segments.get(path.name, []):
             try:

@@ -84,7 +84,9 @@ def test_extreme_scales_stay_finite():
 
 def test_empty_batch():
     x, c, s = arguments()
-    assert encode(x[:0], c, s).shape == (0, 4, 8)
+    encoded = encode(x[:0], c, s)
+    assert encoded.shape == (0, 4, 8)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(encoded.sum(), (x, c, s)))
 
 
 def test_compiles_without_a_graph_break_and_exports_as_one_node():

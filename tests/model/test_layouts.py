@@ -117,6 +117,12 @@ def test_context_as_the_authors_read_it(tmp_path):
     assert data.load(0)[1].shape == (32, 40)
 
 
+def test_context_without_pycocotools(tmp_path, monkeypatch):
+    data = open_dataset(trees.write_context_json(tmp_path, labels([0, 2])), "train")
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    assert "run lengths need pycocotools (pip install pycocotools)" in next(problems(data))
+
+
 def test_context_with_a_category_that_is_none_of_the_59(tmp_path):
     data = open_dataset(trees.write_context_json(tmp_path, labels([0, 3])), "train")
     assert "trainval_merged.json/2008_000002: labels must be 0 (background, ignored) or one of the 59" in next(

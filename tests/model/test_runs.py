@@ -1,5 +1,6 @@
 """Lists of runs: the ablation and everything for one GPU, rehearsed with small networks; nothing is done twice."""
 
+import contextlib
 import json
 import math
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 
 from benchmarks import ablation, gpu_train, reference_positions, runs, trials
+from benchmarks.commit import commit
 from benchmarks.split_weights import join
 from model import evaluate, train
 from model.checkpoint import load_checkpoint
@@ -56,7 +58,7 @@ def test_a_job_in_processes_of_its_own_goes_on_where_its_time_was_up(data, tmp_p
     assert runs.advance(job, tmp_path, math.inf)
     assert job.missing(tmp_path) == []
     assert job.totals(tmp_path, "test")["pictures"] == 1
-    broken = runs.Job("broken", data / "absent", job.config, options, {})
+    broken = runs.Job("broken", job.data, job.config, (*options, "batch=1000"), {})
     with pytest.raises(runs.RunError, match="broken: training failed with exit status 2"):
         runs.advance(broken, tmp_path, math.inf)
 
@@ -169,6 +171,45 @@ def test_the_comparison_is_begun_only_where_there_is_time_for_it(tmp_path, monke
     assert not begun
     gpu_train.compare_factor(tmp_path, tmp_path, time.monotonic() + 600)
     assert len(begun) == 1
+
+
+def test_a_run_that_fails_leaves_the_others_alone(data, tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def fails_first(job, folder, until):
+        begun.append(job.name)
+        if job.name == "camvid":
+            raise runs.RunError("camvid: training failed with exit status 1")
+        return len(begun) < 3
+
+    monkeypatch.setattr(gpu_train, "advance", fails_first)
+    monkeypatch.setattr(gpu_train, "collect", lambda job, out: None)
+    monkeypatch.setattr(gpu_train, "compare_factor", lambda data, out, until: None)
+    assert gpu_train.main(["--data", str(data), "--out", str(tmp_path), *TINY]) == 2
+    assert begun == ["camvid", "msrc21", gpu_train.WITHOUT_FACTOR]
+    assert "error: camvid: training failed with exit status 1" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results" / "runs.json").read_text())["failed"]
+
+
+def test_without_a_data_set_its_runs_are_not_begun(tmp_path, called, capsys):
+    assert gpu_train.main(["--data", str(tmp_path / "absent"), "--out", str(tmp_path), *TINY]) == 2
+    assert f"camvid: {tmp_path / 'absent' / 'camvid'}: no such data folder" in capsys.readouterr().err
+    assert not called
+
+
+def test_only_what_is_compiled_is_left_time_to_compile(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(runs, "call", lambda *given: 1)
+    config = gpu_train.RECIPES / "ablation-camvid.toml"
+    for words, begun in ((("compile=true",), False), (("compile=false",), True)):
+        job = runs.Job("one", data / "camvid", config, words, {})
+        with pytest.raises(runs.RunError) if begun else contextlib.nullcontext():
+            assert not runs.advance(job, tmp_path, time.monotonic() + 60)
+
+
+def test_the_commit_is_empty_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert commit() == ""
 
 
 def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, monkeypatch, capsys):
