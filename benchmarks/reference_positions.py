@@ -15,10 +15,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from model.arguments import scales
+from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
 from model.checkpoint import CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, open_dataset
-from model.evaluate import EvaluationError, Options, choose_device, evaluate, totals
+from model.evaluate import EvaluationError, Options, evaluate, totals
 from model.files import replacing
 from model.pictures import in_memory
 
@@ -35,9 +35,7 @@ def rows_of(path: Path, arguments: argparse.Namespace) -> tuple[float, str, list
     model = build_model(checkpoint).to(device)
     rows = []
     for scale in arguments.scales:
-        options = Options(
-            arguments.split, (scale,), False, "whole", "softmax", 480, checkpoint.base_size, 0, batch=arguments.batch
-        )
+        options = Options(split=arguments.split, scales=(scale,), base_size=checkpoint.base_size, batch=arguments.batch)
         found = totals(evaluate(checkpoint, model, data, options, device))
         rows.append({"scale": scale, **{key: float(found[key]) for key in FIGURES}})
         print(f"{path}: scale {scale:g}, " + ", ".join(f"{FIGURES[k]} {100 * rows[-1][k]:.2f}" for k in FIGURES))
@@ -66,8 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
     parser.add_argument("--scales", type=scales, default=SCALES, metavar="S,S,...", help="default: 0.5 to 2")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="most pictures of one size to run together")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--batch",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="most pictures of one size to run together (default: %(default)s)",
+    )
+    add_device(parser)
     parser.add_argument("--output", type=Path, default=RESULTS / "reference-positions.json", metavar="FILE.json")
     options = parser.parse_args(arguments)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -89,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             file.write(json.dumps(document, indent=1).encode() + b"\n")
         with replacing(options.output.with_suffix(".png")) as file:
             plot(document).savefig(file, format="png", dpi=110)
-    except (EvaluationError, CheckpointError, DataError, OSError) as error:
+    except (EvaluationError, DeviceError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"written: {options.output}, {options.output.with_suffix('.png')}")

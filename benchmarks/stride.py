@@ -66,7 +66,7 @@ def milliseconds(sessions: dict[int, onnxruntime.InferenceSession], rounds: int)
 
 
 def accuracy(checkpoint: Checkpoint, stride: int, data: SegmentationData) -> dict[str, float]:
-    options = Options(data.split, (1.0,), False, "whole", "softmax", checkpoint.base_size, checkpoint.base_size, 0)
+    options = Options(split=data.split, base_size=checkpoint.base_size)
     model = build_model(at_stride(checkpoint, stride))
     with Progress() as progress:
         bar = progress.add_task(f"evaluating at stride {stride}", total=len(data))

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from model.arguments import scales
+from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, library_versions, load_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, leave_out, open_dataset
 from model.encnet import EncNet
@@ -45,6 +45,7 @@ from model.windows import MERGES, predict_windows
 
 PRESENCE_THRESHOLD = 0.5
 SHEET_PICTURES = 8
+LEAST_SIDE = 8  # pixels, of views and windows
 WAITING_BATCHES = 4  # most batches of pictures that wait for others of their size
 
 EPILOG = """examples:
@@ -68,21 +69,22 @@ class EvaluationError(ValueError):
     """Options that do not fit each other, the checkpoint or the data; the message says which."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """What is computed; base_size and crop in pixels, limit in pictures (0: all of the split), without: their IDs.
 
+    protocol: "whole" or "windows"; merge: one of MERGES; crop: side of a window, not used by "whole";
     batch: most pictures of one size to run together, under the protocol "whole"; precision: "fp32" or "bf16".
     """
 
     split: str
-    scales: tuple[float, ...]
-    flip: bool
-    protocol: str
-    merge: str
-    crop: int
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    protocol: str = "whole"
+    merge: str = "softmax"
+    crop: int = 480
     base_size: int
-    limit: int
+    limit: int = 0
     without: tuple[str, ...] = ()
     batch: int = 1
     precision: str = "fp32"
@@ -342,7 +344,7 @@ def parser() -> argparse.ArgumentParser:
         help="how views and windows become one answer: the mean of their probabilities, or, with --protocol windows, "
         "the authors' sum of exp(logits + mirrored logits) (default: %(default)s)",
     )
-    root.add_argument("--crop", type=_pixels, metavar="N", help="side of a window in pixels (default: 480)")
+    root.add_argument("--crop", type=_pixels, metavar="N", help=f"side of a window in pixels (default: {Options.crop})")
     root.add_argument(
         "--base-size",
         type=_pixels,
@@ -356,10 +358,10 @@ def parser() -> argparse.ArgumentParser:
         help="where evaluation.json and the two figures go "
         "(default: beside the checkpoint, its name ending in .evaluation)",
     )
-    root.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    add_device(root)
     root.add_argument(
         "--batch",
-        type=_pictures,
+        type=at_least_one,
         default=1,
         metavar="N",
         help="most pictures of one size to run together with --protocol whole (default: %(default)s)",
@@ -370,14 +372,10 @@ def parser() -> argparse.ArgumentParser:
         default="fp32",
         help="of the network's arithmetic (default: %(default)s)",
     )
-    root.add_argument("--limit", type=_pictures, default=0, metavar="N", help="score only the first N pictures")
+    root.add_argument(
+        "--limit", type=at_least_one, default=0, metavar="N", help="score only the first N pictures (default: all)"
+    )
     return root
-
-
-def _whole_number(text: str, least: int, unit: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of {unit}, at least {least}, got {text!r}")
-    return int(text)
 
 
 def _identifiers(text: str) -> tuple[str, ...]:
@@ -385,24 +383,9 @@ def _identifiers(text: str) -> tuple[str, ...]:
 
 
 def _pixels(text: str) -> int:
-    return _whole_number(text, 8, "pixels")
-
-
-def _pictures(text: str) -> int:
-    return _whole_number(text, 1, "pictures")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one, else the CPU. Raises EvaluationError for others."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EvaluationError(f"--device {name}: not available here: {reason}") from error
-    return device
+    if not text.isdecimal() or int(text) < LEAST_SIDE:
+        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, at least {LEAST_SIDE}, got {text!r}")
+    return int(text)
 
 
 def print_differing_names(checkpoint: Checkpoint, names: Sequence[str], notes: Console) -> None:
@@ -424,17 +407,17 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
     data = leave_out(open_dataset(arguments.data, arguments.split, arguments.layout), arguments.without)
     print_differing_names(checkpoint, data.classes, notes)
     options = Options(
-        arguments.split,
-        arguments.scales,
-        arguments.flip,
-        arguments.protocol,
-        arguments.merge,
-        arguments.crop or 480,
-        arguments.base_size or checkpoint.base_size,
-        arguments.limit,
-        arguments.without,
-        arguments.batch,
-        arguments.precision,
+        split=arguments.split,
+        scales=arguments.scales,
+        flip=arguments.flip,
+        protocol=arguments.protocol,
+        merge=arguments.merge,
+        crop=arguments.crop or Options.crop,
+        base_size=arguments.base_size or checkpoint.base_size,
+        limit=arguments.limit,
+        without=arguments.without,
+        batch=arguments.batch,
+        precision=arguments.precision,
     )
     output = arguments.output or arguments.checkpoint.with_suffix(".evaluation")
     check_classes(checkpoint, data)
@@ -485,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         run(arguments, Console(), Console(stderr=True))
-    except (EvaluationError, CheckpointError, DataError, OSError) as error:
+    except (EvaluationError, DeviceError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

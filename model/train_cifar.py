@@ -19,12 +19,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.arguments import DeviceError, add_device, choose_device
 from model.augment import StepSampler
 from model.checkpoint import CheckpointError
 from model.cifar import CifarCheckpoint, CifarEncNet, load_cifar, save_cifar
 from model.cifar_data import MEAN, STD, Pictures, crops, open_cifar
 from model.data import DataError
-from model.evaluate import EvaluationError, choose_device
 from model.predict import normalise
 from model.progress import training_progress
 from model.recipe import RecipeError, continued, option, options_table, read_recipe
@@ -214,9 +214,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run (made if absent)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe file (TOML)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it was saved")
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (the GPU if there is one), cpu, cuda, ..."
-    )
+    add_device(parser)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -249,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
             run.restore(saved)
         options.out.mkdir(parents=True, exist_ok=True)
         train(run, options.out, console)
-    except (RecipeError, DataError, CheckpointError, EvaluationError, OSError) as error:
+    except (RecipeError, DataError, CheckpointError, DeviceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
