@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from service.batch import Found, entry_error, is_picture_name
+from service.folders import Found, entry_error, is_picture_name
 
 
 class State(NamedTuple):
@@ -64,7 +64,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def find_in_buckets(urls: Sequence[str], recursive: bool) -> tuple[list[Found], list[dict[str, str]]]:
-    """As batch.find_pictures, for URLs of folders and of files."""
+    """As folders.find_pictures, for URLs of folders and of files."""
     found: dict[str, Found] = {}
     errors = []
     for url in urls:
