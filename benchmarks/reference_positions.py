@@ -3,18 +3,18 @@
     python -m benchmarks.reference_positions WITH.pt WITHOUT.pt --data camvid
 
 Two networks of one recipe, trained at one crop, with the factor and without it, on whole pictures from half to twice
-their usual size. Figures go to --output (default benchmarks/results/reference-positions.json), a plot beside it.
+their usual size. A plot lies beside the figures.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.command import RESULTS, commit, option_parser
 from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
 from model.checkpoint import CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, open_dataset
@@ -22,7 +22,6 @@ from model.evaluate import EvaluationError, Options, evaluate, totals
 from model.files import replacing
 from model.pictures import in_memory
 
-RESULTS = Path(__file__).parent / "results"
 SCALES = (0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 1.75, 2.0)
 FIGURES = {"miou": "mIoU %", "pixel_accuracy": "pixel accuracy %", "presence_map": "presence mAP %"}
 
@@ -58,12 +57,18 @@ def plot(document: dict[str, Any]) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser("reference_positions", __doc__)
     parser.add_argument("with_factor", type=Path, metavar="WITH", help="checkpoint with reference_positions")
     parser.add_argument("without_factor", type=Path, metavar="WITHOUT", help="checkpoint with reference_positions=0")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
-    parser.add_argument("--scales", type=scales, default=SCALES, metavar="S,S,...", help="default: 0.5 to 2")
+    parser.add_argument(
+        "--scales",
+        type=scales,
+        default=SCALES,
+        metavar="S,S,...",
+        help=f"default: {','.join(f'{scale:g}' for scale in SCALES)}",
+    )
     parser.add_argument(
         "--batch",
         type=at_least_one,
@@ -72,12 +77,17 @@ def main(arguments: list[str] | None = None) -> int:
         help="most pictures of one size to run together (default: %(default)s)",
     )
     add_device(parser)
-    parser.add_argument("--output", type=Path, default=RESULTS / "reference-positions.json", metavar="FILE.json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / "reference-positions.json",
+        metavar="FILE.json",
+        help="file for the figures (default: benchmarks/results/reference-positions.json)",
+    )
     options = parser.parse_args(arguments)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     document: dict[str, Any] = {
         "command": "python -m benchmarks.reference_positions",
-        "commit": commit,
+        "commit": commit(),
         "data": options.data.resolve().name,
         "split": options.split,
     }
