@@ -18,7 +18,7 @@ from benchmarks.command import RESULTS, commit, option_parser
 from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
 from model.checkpoint import CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, open_dataset
-from model.evaluate import EvaluationError, Options, evaluate, totals
+from model.evaluation import EvaluationError, Options, evaluate, totals
 from model.files import replacing
 from model.pictures import in_memory
 

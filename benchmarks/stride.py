@@ -24,7 +24,7 @@ from export.core import core_model
 from export.whole import whole_model
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
-from model.evaluate import Options, evaluate
+from model.evaluation import Options, evaluate
 from model.files import replacing
 from model.metrics import mean_iou, pixel_accuracy
 

@@ -18,7 +18,7 @@ from model.calibration import FITS, METHODS, varying
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint, save_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
-from model.evaluate import EvaluationError, check_classes
+from model.evaluation import EvaluationError, check_classes
 from model.foreign import listing
 from model.layouts import LAYOUTS
 from model.losses import presence_targets

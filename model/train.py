@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from model import evaluate as evaluation
+from model import evaluate as evaluate_command
 from model import sync_batchnorm
 from model.arguments import minutes
 from model.augment import StepSampler
@@ -39,7 +39,7 @@ from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, Checkpoint
 from model.curves import write_curves
 from model.data import SPLITS, DataError, open_dataset, problems, repeats
 from model.encnet import EncNet
-from model.evaluate import Evaluation, Options, evaluate
+from model.evaluation import Evaluation, Options, evaluate
 from model.figures import sample_row
 from model.fine_tuning import frozen_parts, hold, parameter_groups
 from model.foreign import listing
@@ -243,7 +243,7 @@ class Run:
         if differing:
             raise RecipeError(f"--initial holds another network: {', '.join(differing)}")
         if self.rank == 0:
-            evaluation.print_differing_names(checkpoint, self.classes, self.console)
+            evaluate_command.print_differing_names(checkpoint, self.classes, self.console)
         self.network.load_state_dict(checkpoint.weights)
         self.average.load_state_dict(checkpoint.weights)
 
@@ -469,8 +469,8 @@ def report(run: Run, data: Path) -> None:
     batch = pictures_at_once(run.recipe, run.processes)
     words = ["--split", "val", "--device", str(run.device), "--batch", str(batch), "--precision", precision]
     words += ["--layout", run.recipe.layout] if run.recipe.layout else []
-    arguments = evaluation.parser().parse_args([str(run.out / "final.pt"), "--data", str(data), *words])
-    evaluation.run(arguments, run.console, run.console)
+    arguments = evaluate_command.parser().parse_args([str(run.out / "final.pt"), "--data", str(data), *words])
+    evaluate_command.run(arguments, run.console, run.console)
 
 
 def check_data(root: Path, console: Console, layout: str) -> int:
