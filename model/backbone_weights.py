@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.checkpoint import CheckpointError, check_state, read_pickle
 from model.foreign import backbone_name, inverse, listing, refuse_pooled_shortcuts, rename, unwrap
 from model.resnet import DEEP_STEM_WIDTHS, ResNet
+from model.weights import CheckpointError, check_state, read_pickle
 
 WRAPPERS = ("state_dict", "model", "weights")
 NETWORKS = ("backbone.", "pretrained.")

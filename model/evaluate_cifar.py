@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from model.arguments import DeviceError, add_device, choose_device
-from model.checkpoint import CheckpointError
 from model.cifar import CLASSES, CifarEncNet, load_cifar
 from model.cifar_data import open_cifar
 from model.data import DataError
 from model.train_cifar import predictions
+from model.weights import CheckpointError
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
