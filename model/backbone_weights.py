@@ -94,6 +94,7 @@ def translate(document: Mapping[str, Any], wanted: str) -> BackboneWeights:
 
 
 def ours(key: str) -> str:
+    """Our name for a key of any of the formats, whose network's prefix is off."""
     return rename(key, OPENMMLAB_STEM) or key
 
 

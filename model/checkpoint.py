@@ -62,6 +62,7 @@ class Checkpoint:
 
 
 def library_versions() -> dict[str, str]:
+    """Of what decides how weights come out: torch, numpy and Python."""
     return {"torch": str(torch.__version__), "numpy": numpy.__version__, "python": platform.python_version()}
 
 

@@ -160,6 +160,7 @@ def _conv_norm(theirs: str, conv: str, norm: str, ours: str) -> dict[str, str]:
 
 
 def inverse(table: Mapping[str, str]) -> dict[str, str]:
+    """The table from our prefixes to theirs, or back."""
     return {ours: theirs for theirs, ours in table.items()}
 
 

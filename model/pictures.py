@@ -38,6 +38,7 @@ class InMemory(SegmentationData):
 
 
 def in_memory(data: SegmentationData) -> InMemory:
+    """The split with every picture read. Raises DataError as `load` does."""
     return InMemory(**vars(data), samples=read_all(data))
 
 
@@ -80,6 +81,7 @@ def places_of(sizes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def collate(samples: Sequence[Sample]) -> Material:
+    """What a batch of crops is made of, from what each of them is."""
     places = places_of([sample.size for sample in samples])
     return Material(torch.cat([sample.packed for sample in samples]), places, stack([s.draw for s in samples]))
 

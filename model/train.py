@@ -71,6 +71,7 @@ def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def make_optimizer(model: EncNet, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD or AdamW over `parameter_groups`, whose base_rate times `learning_rate_factor` is the rate of a step."""
     groups = parameter_groups(model, recipe.learning_rate, recipe.layer_decay, recipe.head_rate, recipe.unfreeze_every)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
@@ -180,6 +181,7 @@ class Run:
         torch.manual_seed(recipe.seed + 1 + self.rank)
 
     def parallel(self) -> nn.Module:
+        """The network under DDP; every process must call it."""
         return DistributedDataParallel(
             self.network, device_ids=[self.device.index] if self.device.type == "cuda" else None
         )

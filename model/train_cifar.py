@@ -112,10 +112,12 @@ class CifarRun:
         torch.manual_seed(recipe.seed + 1)
 
     def checkpoint(self, training: dict[str, Any] | None = None) -> CifarCheckpoint:
+        """The weights as they are, on the CPU."""
         weights = {key: value.contiguous().cpu().clone() for key, value in self.network.state_dict().items()}
         return CifarCheckpoint(self.recipe.variant, weights, self.step, training)
 
     def save(self, path: Path) -> None:
+        """Write the weights and everything `restore` needs, atomically."""
         random = [torch.get_rng_state()]
         if self.device.type == "cuda":
             random.append(torch.cuda.get_rng_state(self.device))
@@ -127,6 +129,7 @@ class CifarRun:
         save_cifar(path, self.checkpoint(training))
 
     def restore(self, checkpoint: CifarCheckpoint) -> None:
+        """Go on where another process saved."""
         assert checkpoint.training is not None
         self.network.load_state_dict(checkpoint.weights)
         self.optimizer.load_state_dict(checkpoint.training["optimizer"])

@@ -561,5 +561,4 @@ def _banner(settings: Settings, engines: Sequence[Engine], replicas: str = "") -
 def _replicas_text(running: int, layout: Any) -> str:
     most = layout.max_replicas or "as many as there is room for"
     by_load = "" if most == layout.min_replicas else f" now, from {layout.min_replicas} to {most} by the load"
-    takes = " and ".join(f"{amount:g} {name}" for name, amount in layout.resources.items())
-    return f"{running}{by_load}, each with {takes}"
+    return f"{running}{by_load}, each with {layout.takes}"

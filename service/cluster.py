@@ -91,6 +91,11 @@ class Layout(BaseModel):
         """What one replica takes, in Ray's names."""
         return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
 
+    @property
+    def takes(self) -> str:
+        """What one replica takes, for people: "1 CPU and 0.5 GPU"."""
+        return " and ".join(f"{amount:g} {name}" for name, amount in self.resources.items())
+
     def fits(self, room: dict[str, float]) -> int:
         """For how many replicas there is room."""
         return int(min(room.get(name, 0.0) / amount for name, amount in self.resources.items()))
@@ -99,9 +104,10 @@ class Layout(BaseModel):
 def check_room(layout: Layout, has: dict[str, float]) -> None:
     """Raises ClusterError where there is no room for the fewest replicas."""
     if layout.fits(has) < layout.min_replicas:
-        takes = " and ".join(f"{amount:g} {name}" for name, amount in layout.resources.items())
         found = f"{has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU"
-        raise ClusterError(f"there is no room here for {layout.min_replicas} x {takes}: this machine has {found}")
+        raise ClusterError(
+            f"there is no room here for {layout.min_replicas} x {layout.takes}: this machine has {found}"
+        )
 
 
 def for_worker(settings: Settings, layout: Layout) -> Settings:
