@@ -15,6 +15,7 @@ turns of a few seconds with the one client of each server, whose difference to i
 Throughput is answers over the seconds until the last of them; latencies of all rounds are pooled.
 """
 
+import argparse
 import http.client
 import json
 import os
@@ -228,7 +229,7 @@ def line(name: str, *figures: str) -> str:
     return f"{name:24}" + "".join(f"{text:>15}" for text in figures)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = option_parser("servers", __doc__)
     parser.add_argument(
         "--duration", type=float, default=8, metavar="SECONDS", help="for each number of clients (default: %(default)s)"
@@ -257,12 +258,17 @@ def main() -> None:
         "--log", type=Path, default=Path(os.devnull), metavar="FILE", help="what the servers say (default: nowhere)"
     )
     options = parser.parse_args()
-    concurrency = bench.read_concurrency(options.concurrency)
     known = [server.name for server in SERVERS]
-    wanted_names = options.only.split(",") if options.only else known
-    if unknown := set(wanted_names) - set(known):
+    options.only = options.only.split(",") if options.only else known
+    if unknown := set(options.only) - set(known):
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
-    versions = {server.name: version(server.package) for server in SERVERS if server.name in wanted_names}
+    return options
+
+
+def main() -> None:
+    options = parse()
+    concurrency = bench.read_concurrency(options.concurrency)
+    versions = {server.name: version(server.package) for server in SERVERS if server.name in options.only}
     servers = [server for server in SERVERS if versions.get(server.name)]
     if not servers:
         sys.exit("none of these servers is installed here; pip install -r benchmarks/requirements-peers.txt")
