@@ -13,6 +13,7 @@ from export.errors import ExportError, ParityError
 from model.checkpoint import Checkpoint
 from model.encnet import EncNet
 from model.predict import normalise, predict
+from model.wording import first_line
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def session_options(library: Path | None = None) -> onnxruntime.SessionOptions:
         try:
             options.register_custom_ops_library(str(library))
         except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
-            raise ExportError(f"the compiled kernel {library} does not load: {str(error).splitlines()[0]}") from error
+            raise ExportError(f"the compiled kernel {library} does not load: {first_line(error)}") from error
     return options
 
 

@@ -5,6 +5,8 @@ import math
 
 import torch
 
+from model.wording import first_line
+
 LEAST_SCALE, MOST_SCALE = 0.1, 8.0
 
 
@@ -57,6 +59,5 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DeviceError(f"--device {name}: not available here: {reason}") from error
+        raise DeviceError(f"--device {name}: not available here: {first_line(error)}") from error
     return device

@@ -19,11 +19,11 @@ from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, l
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
 from model.evaluation import EvaluationError, check_classes
-from model.foreign import listing
 from model.layouts import LAYOUTS
 from model.losses import presence_targets
 from model.metrics import average_precision, expected_calibration_error, mean_defined, negative_log_likelihood
 from model.predict import normalise, view_of
+from model.wording import listing
 
 FOLDS = 5
 

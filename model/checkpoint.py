@@ -21,8 +21,9 @@ from model.calibration import Calibration
 from model.config import ModelConfig
 from model.encnet import EncNet
 from model.files import replacing
-from model.foreign import are_names, inverse, is_palette, listing, read_foreign, rename
+from model.foreign import are_names, inverse, is_palette, read_foreign, rename
 from model.weights import CheckpointError, check_state, raise_for, read_pickle
+from model.wording import listing
 
 FORMAT = "encnet-serve/1"
 MOST_BASE_SIZE = 16384

@@ -29,10 +29,10 @@ from model.evaluation import (
 )
 from model.figures import contact_sheet
 from model.files import replacing
-from model.foreign import listing
 from model.layouts import LAYOUTS
 from model.metrics import BINS
 from model.windows import MERGES
+from model.wording import listing
 
 LEAST_SIDE = 8  # pixels, of views and windows
 

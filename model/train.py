@@ -42,7 +42,6 @@ from model.encnet import EncNet
 from model.evaluation import Evaluation, Options, evaluate
 from model.figures import sample_row
 from model.fine_tuning import frozen_parts, hold, parameter_groups
-from model.foreign import listing
 from model.losses import Losses, encnet_loss
 from model.metrics import mean_iou, pixel_accuracy
 from model.pictures import TrainingCrops, in_memory
@@ -50,6 +49,7 @@ from model.predict import normalise
 from model.processes import group_id, init_process_group, restarted
 from model.progress import training_progress
 from model.recipe import Recipe, RecipeError, continued, options_table, read_recipe
+from model.wording import first_line, listing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -284,9 +284,8 @@ class Run:
             self.optimizer.load_state_dict(training["optimizer"])
             self.scaler.load_state_dict(training["scaler"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
-                f"{self.out / 'last.pt'}: its training state does not fit the run: {reason}"
+                f"{self.out / 'last.pt'}: its training state does not fit the run: {first_line(error)}"
             ) from error
         self.step, self.best = checkpoint.step, training["best"]
         self.curves = training.get("curves", self.curves)

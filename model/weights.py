@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from model.foreign import listing
+from model.wording import listing
 
 NUMPY_MAKERS: list[Any] = [numpy.float64(0).__reduce__()[0], numpy.empty(0).__reduce__()[0]]
 # What numpy scalars and arrays are pickled as; making one runs no code of the file.

@@ -27,7 +27,7 @@ from threading import Lock
 from typing import Any
 
 from service.engine import Engine, Plan
-from service.errors import InputError
+from service.errors import InputError, first_line
 from service.files import part_of, whole
 from service.folders import MASK_SUFFIX, OVERLAY_SUFFIX, File, Found, output_names, printable
 from service.images import decode
@@ -153,8 +153,7 @@ def write_pictures(jobs: Iterable[Job], run: Run, folder: Path) -> Iterator[tupl
                 except OSError:
                     raise
                 except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    outcome = InputError("model_failed", f"the model failed on this picture: {reason}")
+                    outcome = InputError("model_failed", f"the model failed on this picture: {first_line(error)}")
                 yield job, outcome
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

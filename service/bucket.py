@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
+from service.errors import first_line
 from service.folders import Found, entry_error, is_picture_name
 
 
@@ -71,8 +72,9 @@ def find_in_buckets(urls: Sequence[str], recursive: bool) -> tuple[list[Found], 
         try:
             inside = list(_pictures_at(url, recursive))
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            errors.append(entry_error(_without_keys(url), "unreadable", f"the bucket cannot be read: {reason}"))
+            errors.append(
+                entry_error(_without_keys(url), "unreadable", f"the bucket cannot be read: {first_line(error)}")
+            )
             continue
         if not inside:
             hint = "" if recursive else "; --recursive looks in its subfolders too"

@@ -33,6 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import allocator, logs
 from service.app import create_app
+from service.errors import first_line
 from service.models import Models
 from service.settings import EMBEDDED_MODEL, Settings
 
@@ -254,7 +255,7 @@ def connected(address: str | None, layout: Layout | None = None) -> Iterator[Non
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **mine)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = f"at {address}" if address else "on this machine"
-        raise ClusterError(f"there is no Ray cluster to be had {where}: {_first_line(error)}") from None
+        raise ClusterError(f"there is no Ray cluster to be had {where}: {_said(error)}") from None
     try:
         if not address and layout:
             check_room(layout, ray.cluster_resources())
@@ -292,7 +293,7 @@ def deploy(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> i
                 tell(told := reason)
             time.sleep(_POLL_SECONDS)
     except (RayError, RayServeException, TimeoutError) as error:
-        raise ClusterError(f"the service cannot be deployed: {_first_line(error)}") from None
+        raise ClusterError(f"the service cannot be deployed: {_said(error)}") from None
     return _running(state)
 
 
@@ -381,9 +382,8 @@ def _running(state: ApplicationStatusOverview) -> int:
     return deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
 
 
-def _first_line(error: Exception) -> str:
-    error = getattr(error, "cause", None) or error  # what happened in another process has a traceback before it
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _said(error: Exception) -> str:
+    return first_line(getattr(error, "cause", None) or error)  # what happened in another process has a traceback before
 
 
 def _last_line(text: str) -> str:
