@@ -93,8 +93,8 @@ def encode_backward_reference(
         - (w.transpose(1, 2) @ positions).sum(0)
         - (weights.sum(1).unsqueeze(-1) * g).sum(0)
     )
-    batch, _, height, width = x.shape
-    return grad_x.view(batch, height, width, -1).permute(0, 3, 1, 2), grad_codewords, grad_scale
+    batch, channels, height, width = x.shape
+    return grad_x.view(batch, height, width, channels).permute(0, 3, 1, 2), grad_codewords, grad_scale
 
 
 def backend(device: str = "cpu") -> str:
