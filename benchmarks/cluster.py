@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.command import RESULTS, STREET, facts, option_parser
+from benchmarks.command import STREET, add_output, facts, option_parser
 from service import bench, cluster
 from service.server import listen
 from service.settings import Settings
@@ -70,13 +70,7 @@ def main() -> None:
         "--rounds", type=int, default=3, metavar="N", help="times that each is measured (default: %(default)s)"
     )
     parser.add_argument("--image", type=Path, default=STREET, metavar="FILE", help="default: examples/street.jpg")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RESULTS / "cluster.json",
-        metavar="FILE.json",
-        help="file for the figures (default: benchmarks/results/cluster.json)",
-    )
+    add_output(parser, "cluster.json")
     options = parser.parse_args()
     if len(os.sched_getaffinity(0)) < 2:
         raise SystemExit("two cores are needed to compare one with two")

@@ -22,6 +22,12 @@ def option_parser(name: str, description: str | None) -> argparse.ArgumentParser
     )
 
 
+def add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    """The option --output: a JSON file for the figures, by default of this name among the results."""
+    text = f"file for the figures (default: benchmarks/results/{name})"
+    parser.add_argument("--output", type=Path, default=RESULTS / name, metavar="FILE.json", help=text)
+
+
 def commit() -> str:
     """The commit that is checked out; empty where git knows none."""
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()

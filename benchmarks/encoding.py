@@ -12,7 +12,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -21,7 +20,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from benchmarks.command import RESULTS, commit, hardware, option_parser
+from benchmarks.command import add_output, commit, hardware, option_parser
 from benchmarks.memory import extra_kilobytes
 from export import encoding_op
 from model import kernels
@@ -224,13 +223,7 @@ def main() -> None:
         metavar="N",
         help="numbers of positions to measure at (default: 2700 3600 8100 16384)",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RESULTS / "encoding-cpu.json",
-        metavar="FILE.json",
-        help="file for the figures (default: benchmarks/results/encoding-cpu.json)",
-    )
+    add_output(parser, "encoding-cpu.json")
     options = parser.parse_args()
     if backend() == "twin":
         raise SystemExit("the kernel is missing or switched off: make kernels, ENCNET_KERNELS unset")

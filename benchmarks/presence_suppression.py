@@ -18,7 +18,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.command import RESULTS, commit, hardware, option_parser
+from benchmarks.command import add_output, commit, hardware, option_parser
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
@@ -77,13 +77,7 @@ def main() -> None:
     parser = option_parser("presence_suppression", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that `python -m model.evaluate` reads")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RESULTS / "presence_suppression.json",
-        metavar="FILE.json",
-        help="file for the figures (default: benchmarks/results/presence_suppression.json)",
-    )
+    add_output(parser, "presence_suppression.json")
     options = parser.parse_args()
     try:
         checkpoint = load_checkpoint(options.checkpoint)

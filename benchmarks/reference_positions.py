@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.command import RESULTS, commit, option_parser
+from benchmarks.command import add_output, commit, option_parser
 from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
 from model.checkpoint import CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, open_dataset
@@ -77,13 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="most pictures of one size to run together (default: %(default)s)",
     )
     add_device(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RESULTS / "reference-positions.json",
-        metavar="FILE.json",
-        help="file for the figures (default: benchmarks/results/reference-positions.json)",
-    )
+    add_output(parser, "reference-positions.json")
     options = parser.parse_args(arguments)
     document: dict[str, Any] = {
         "command": "python -m benchmarks.reference_positions",

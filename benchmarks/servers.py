@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from benchmarks.command import RESULTS, ROOT, STREET, commit, hardware, option_parser, processor
+from benchmarks.command import ROOT, STREET, add_output, commit, hardware, option_parser, processor
 from benchmarks.peers.segmenter import THREADS, Segmenter
 from service import bench
 from service.engine import Engine
@@ -247,13 +247,7 @@ def parse() -> argparse.Namespace:
         "--model", type=Path, default=EMBEDDED_MODEL, metavar="FILE.onnx", help="default: the embedded model"
     )
     parser.add_argument("--image", type=Path, default=STREET, metavar="FILE", help="default: examples/street.jpg")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RESULTS / "servers.json",
-        metavar="FILE.json",
-        help="file for the figures (default: benchmarks/results/servers.json)",
-    )
+    add_output(parser, "servers.json")
     parser.add_argument(
         "--log", type=Path, default=Path(os.devnull), metavar="FILE", help="what the servers say (default: nowhere)"
     )

@@ -19,7 +19,7 @@ import onnxruntime
 import torch
 from rich.progress import Progress, track
 
-from benchmarks.command import RESULTS, commit, hardware, option_parser
+from benchmarks.command import add_output, commit, hardware, option_parser
 from export.core import core_model
 from export.whole import whole_model
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
@@ -81,13 +81,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=20, metavar="N", help="timings of each network (default: %(default)s)"
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RESULTS / "stride.json",
-        metavar="FILE.json",
-        help="file for the figures (default: benchmarks/results/stride.json)",
-    )
+    add_output(parser, "stride.json")
     options = parser.parse_args()
     try:
         checkpoint = load_checkpoint(options.checkpoint)
