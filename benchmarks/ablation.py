@@ -8,7 +8,6 @@ printed and everything so far is written to --output, OUT/ablation.json without 
 both variants have, of the differences between runs of the same seed, with their standard deviations.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -21,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import option_parser
 from benchmarks.runs import Job, RunError, advance, run_facts
 from model.arguments import at_least_one, minutes
 from model.files import replacing
@@ -125,7 +125,7 @@ def describe(data: Path, config: Path, options: tuple[str, ...], seeds: int) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser("ablation", __doc__)
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of model.train, for every run")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set folder")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="recipe file (TOML)")
@@ -133,8 +133,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", type=at_least_one, default=3, metavar="N", help="runs of each variant (default: %(default)s)"
     )
-    parser.add_argument("--minutes", type=minutes, default=math.inf, metavar="N", help="stop after so long")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: OUT/ablation.json")
+    parser.add_argument(
+        "--minutes", type=minutes, default=math.inf, metavar="N", help="stop after so long (default: never)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="file for the figures (default: OUT/ablation.json)"
+    )
     options = parser.parse_intermixed_args(arguments)
     until, words, console = time.monotonic() + 60 * options.minutes, tuple(options.options), Console()
     try:

@@ -7,14 +7,13 @@ A replica runs the model on one thread, and is held to one core; Ray's proxy and
 and measured, then with two. The number of clients is the same for each replica.
 """
 
-import argparse
 import json
 import os
 import statistics
 import time
 from pathlib import Path
 
-from benchmarks.server import RESULTS, ROOT, facts
+from benchmarks.command import STREET, add_output, facts, option_parser
 from service import bench, cluster
 from service.server import listen
 from service.settings import Settings
@@ -63,11 +62,15 @@ def measure(settings: Settings, number: int, picture: bytes, seconds: float) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--duration", type=float, default=20, help="seconds for each measurement (default 20)")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default 3)")
-    parser.add_argument("--image", type=Path, default=ROOT / "examples" / "street.jpg", metavar="FILE")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cluster.json", metavar="FILE.json")
+    parser = option_parser("cluster", __doc__)
+    parser.add_argument(
+        "--duration", type=float, default=20, metavar="SECONDS", help="of each measurement (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="times that each is measured (default: %(default)s)"
+    )
+    parser.add_argument("--image", type=Path, default=STREET, metavar="FILE", help="default: examples/street.jpg")
+    add_output(parser, "cluster.json")
     options = parser.parse_args()
     if len(os.sched_getaffinity(0)) < 2:
         raise SystemExit("two cores are needed to compare one with two")

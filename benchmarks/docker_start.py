@@ -7,7 +7,6 @@ Needs a Docker engine, the image of docker/ built, and port 8000 free, or anothe
 status 1 where a round takes longer than LIMIT seconds.
 """
 
-import argparse
 import http.client
 import json
 import os
@@ -19,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.command import ROOT, commit, option_parser
+
 IMAGE = "encnet-serve:cpu"
 LIMIT = 10.0  # seconds
 GIVE_UP = 120.0  # seconds
@@ -61,9 +61,11 @@ def empty_file_cache() -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser = option_parser("docker_start", __doc__)
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="times that it is started (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures (default: none)")
     options = parser.parse_args()
     if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True).returncode:
         sys.exit("no Docker engine answers here; start one, or give this user access to it")
@@ -90,7 +92,7 @@ def main() -> int:
     run(*compose, "down")
     facts = {
         "command": f"python -m benchmarks.docker_start --rounds {options.rounds}",
-        "commit": run("git", "rev-parse", "HEAD"),
+        "commit": commit(),
         "seconds_to_ready": [round(value, 2) for value in seconds],
         "median_seconds": round(statistics.median(seconds), 2),
         "file_cache_emptied": emptied,

@@ -8,15 +8,10 @@ numbers), the matmul twin in PyTorch, and the op's body in ONNX Runtime's standa
 beyond its arguments and results.
 """
 
-import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -25,13 +20,13 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from benchmarks.command import add_output, commit, hardware, option_parser
 from benchmarks.memory import extra_kilobytes
 from export import encoding_op
 from model import kernels
 from model.encoding import backend, encode, encode_backward, encode_backward_reference, encode_reference
 from service import kernels as service_kernels
 
-RESULTS = Path(__file__).parent / "results" / "encoding-cpu.json"
 CHANNELS, CODEWORDS = 512, 32
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -212,10 +207,23 @@ def line(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="timings of each (default 30; the broadcast form 5)")
-    parser.add_argument("--positions", type=int, nargs="+", default=[2700, 3600, 8100, 16384], metavar="N")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE.json")
+    parser = option_parser("encoding", __doc__)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=30,
+        metavar="N",
+        help="timings of each, five at most of the broadcast form (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--positions",
+        type=int,
+        nargs="+",
+        default=[2700, 3600, 8100, 16384],
+        metavar="N",
+        help="numbers of positions to measure at (default: 2700 3600 8100 16384)",
+    )
+    add_output(parser, "encoding-cpu.json")
     options = parser.parse_args()
     if backend() == "twin":
         raise SystemExit("the kernel is missing or switched off: make kernels, ENCNET_KERNELS unset")
@@ -247,9 +255,9 @@ def main() -> None:
 
     result = {
         "command": f"python -m benchmarks.encoding --rounds {options.rounds}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "shapes": {"batch": 1, "channels": CHANNELS, "codewords": CODEWORDS, "dtype": "float32"},
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "hardware": f"{hardware()}, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
         "memory": memory,

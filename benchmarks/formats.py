@@ -8,8 +8,6 @@ its result included; Pillow's own is not counted.
 
 import io
 import json
-import os
-import platform
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.command import hardware
 from service.encoders import npz, rle
 from service.polygons import polygons
 from service.render import mask_png, overlay_picture
@@ -82,7 +81,7 @@ def measure(call: Callable[[], bytes]) -> dict[str, float]:
 if __name__ == "__main__":
     report: dict[str, Any] = {
         "command": "python -m benchmarks.formats",
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "hardware": hardware(),
         "masks": {
             name: {format: measure(call) for format, call in encoders(mask).items()} for name, mask in masks().items()
         },

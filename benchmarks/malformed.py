@@ -8,7 +8,6 @@ service's own: a status below 500, a request id, an error with its code or a bod
 Resident memory afterwards may be 10 % and 32 MB above that after the warm-up, which is requests of the same kinds.
 """
 
-import argparse
 import base64
 import gzip
 import http.client
@@ -29,8 +28,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.command import RESULTS, facts, option_parser
 from benchmarks.pictures import DAMAGES, grey_png, hurtful_files, real_pictures
-from benchmarks.server import RESULTS, Server, facts, serving
+from benchmarks.server import Server, serving
 from benchmarks.wire import Failure, Request, address, exchange, faults, form, request_bytes
 
 MEMORY_SHARE, MEMORY_BYTES = 0.10, 32 * 2**20
@@ -627,10 +627,10 @@ def table(tally: Tally) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000, help="requests (default 10000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clients", type=int, default=4, help="requests at a time (default 4)")
+    parser = option_parser("malformed", __doc__)
+    parser.add_argument("--count", type=int, default=10_000, metavar="N", help="requests (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides the requests (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=4, metavar="N", help="requests at a time (default: %(default)s)")
     parser.add_argument("--url", help="a running server; without it, one is started with the embedded model")
     options = parser.parse_args()
     with serving(options.url, ENCNET_TIMEOUT_MS=str(TIMEOUT_MS)) as server:

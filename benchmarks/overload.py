@@ -8,7 +8,6 @@ TIMEOUTS_MS. Meanwhile /livez and /metrics are asked ten times a second. All cli
 shares the machine with the server: latencies hold what that costs.
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -23,8 +22,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import RESULTS, facts, option_parser
 from benchmarks.pictures import photo
-from benchmarks.server import RESULTS, facts, serving
+from benchmarks.server import serving
 from benchmarks.wire import address, request_bytes
 
 TIMEOUTS_MS = (5_000, 10_000, 30_000)
@@ -175,9 +175,11 @@ def result_of(load: Load, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser = option_parser("overload", __doc__)
+    parser.add_argument(
+        "--clients", type=int, default=300, metavar="N", help="clients at a time (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=60, metavar="N", help="of load (default: %(default)s)")
     parser.add_argument("--url", help="a running server; without it, one is started with the embedded model")
     options = parser.parse_args()
     pictures = [photo(640, 480), photo(480, 360)]

@@ -9,11 +9,7 @@ validation split, and the figure that counts is the test split's. Presence is ta
 `python -m model.calibrate` has put a calibration into the checkpoint, calibrated too.
 """
 
-import argparse
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from benchmarks.command import add_output, commit, hardware, option_parser
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
@@ -30,7 +27,6 @@ from model.losses import presence_targets
 from model.metrics import confusion, mean_iou, pixel_accuracy
 from model.predict import predict
 
-RESULTS = Path(__file__).parent / "results"
 THRESHOLDS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 POWERS = (0.05, 0.1, 0.25, 0.5, 1.0)
 
@@ -78,10 +74,10 @@ def chosen(val: dict[str, dict[str, float]], family: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--output", type=Path, default=RESULTS / "presence_suppression.json", metavar="FILE.json")
+    parser = option_parser("presence_suppression", __doc__)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint that `python -m model.evaluate` reads")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
+    add_output(parser, "presence_suppression.json")
     options = parser.parse_args()
     try:
         checkpoint = load_checkpoint(options.checkpoint)
@@ -95,11 +91,11 @@ def main() -> None:
     best = {family: chosen(found["val"], family) for family in ("remove", "weight")}
     result: dict[str, Any] = {
         "command": "python -m benchmarks.presence_suppression CHECKPOINT --data DIR",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "checkpoint_sha256": checkpoint.sha256,
         "calibration": checkpoint.calibration.method if checkpoint.calibration else None,
         "data": options.data.resolve().name,
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "hardware": hardware(),
         "torch": torch.__version__,
         "chosen_on_val": {
             family: {

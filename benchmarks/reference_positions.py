@@ -3,7 +3,7 @@
     python -m benchmarks.reference_positions WITH.pt WITHOUT.pt --data camvid
 
 Two networks of one recipe, trained at one crop, with the factor and without it, on whole pictures from half to twice
-their usual size. Figures go to --output (default benchmarks/results/reference-positions.json), a plot beside it.
+their usual size. A plot lies beside the figures.
 """
 
 import argparse
@@ -14,15 +14,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.commit import commit
-from model.arguments import scales
+from benchmarks.command import add_output, commit, option_parser
+from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
 from model.checkpoint import CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, open_dataset
-from model.evaluate import EvaluationError, Options, choose_device, evaluate, totals
+from model.evaluation import EvaluationError, Options, evaluate, totals
 from model.files import replacing
 from model.pictures import in_memory
 
-RESULTS = Path(__file__).parent / "results"
 SCALES = (0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 1.75, 2.0)
 FIGURES = {"miou": "mIoU %", "pixel_accuracy": "pixel accuracy %", "presence_map": "presence mAP %"}
 
@@ -35,9 +34,7 @@ def rows_of(path: Path, arguments: argparse.Namespace) -> tuple[float, str, list
     model = build_model(checkpoint).to(device)
     rows = []
     for scale in arguments.scales:
-        options = Options(
-            arguments.split, (scale,), False, "whole", "softmax", 480, checkpoint.base_size, 0, batch=arguments.batch
-        )
+        options = Options(split=arguments.split, scales=(scale,), base_size=checkpoint.base_size, batch=arguments.batch)
         found = totals(evaluate(checkpoint, model, data, options, device))
         rows.append({"scale": scale, **{key: float(found[key]) for key in FIGURES}})
         print(f"{path}: scale {scale:g}, " + ", ".join(f"{FIGURES[k]} {100 * rows[-1][k]:.2f}" for k in FIGURES))
@@ -60,15 +57,27 @@ def plot(document: dict[str, Any]) -> Figure:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser("reference_positions", __doc__)
     parser.add_argument("with_factor", type=Path, metavar="WITH", help="checkpoint with reference_positions")
     parser.add_argument("without_factor", type=Path, metavar="WITHOUT", help="checkpoint with reference_positions=0")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
-    parser.add_argument("--scales", type=scales, default=SCALES, metavar="S,S,...", help="default: 0.5 to 2")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="most pictures of one size to run together")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--output", type=Path, default=RESULTS / "reference-positions.json", metavar="FILE.json")
+    parser.add_argument(
+        "--scales",
+        type=scales,
+        default=SCALES,
+        metavar="S,S,...",
+        help=f"default: {','.join(f'{scale:g}' for scale in SCALES)}",
+    )
+    parser.add_argument(
+        "--batch",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="most pictures of one size to run together (default: %(default)s)",
+    )
+    add_device(parser)
+    add_output(parser, "reference-positions.json")
     options = parser.parse_args(arguments)
     document: dict[str, Any] = {
         "command": "python -m benchmarks.reference_positions",
@@ -88,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
             file.write(json.dumps(document, indent=1).encode() + b"\n")
         with replacing(options.output.with_suffix(".png")) as file:
             plot(document).savefig(file, format="png", dpi=110)
-    except (EvaluationError, CheckpointError, DataError, OSError) as error:
+    except (EvaluationError, DeviceError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"written: {options.output}, {options.output.with_suffix('.png')}")

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.commit import commit
+from benchmarks.command import ROOT, commit
 from model.recipe import Recipe, read_recipe
 from model.train import BOOKKEEPING
 
-ROOT = Path(__file__).parents[1]
 LEAST_SECONDS = 20  # with less left of a piece nothing new is begun
 COMPILE_SECONDS = 130  # more than that, on a GPU: torch.compile may take so long before the first step
 RESERVE_SECONDS = 15  # of a piece, to save and stop in

@@ -1,7 +1,6 @@
-"""A real `python -m service serve` in a process of its own, and the facts that every result says beside its figures."""
+"""A real `python -m service serve` in a process of its own."""
 
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -12,12 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import onnxruntime
-
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.command import ROOT
 
 _START_SECONDS = 120
 _STOP_SECONDS = 60
@@ -87,14 +82,3 @@ def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
             return found[1].rstrip("/")
         time.sleep(0.05)
     raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-2000:]}")
-
-
-def facts(command: str) -> dict[str, Any]:
-    """What made a result: command, commit, machine, versions."""
-    return {
-        "command": command,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip(),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-    }

@@ -38,14 +38,13 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from benchmarks.command import ROOT, STREET, add_output, commit, hardware, option_parser, processor
 from benchmarks.peers.segmenter import THREADS, Segmenter
 from service import bench
 from service.engine import Engine
 from service.images import decode
 from service.settings import EMBEDDED_MODEL
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "servers.json"
 OURS = "encnet"
 CORES = os.cpu_count() or 1
 START_SECONDS = 120.0
@@ -230,23 +229,40 @@ def line(name: str, *figures: str) -> str:
     return f"{name:24}" + "".join(f"{text:>15}" for text in figures)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--duration", type=float, default=8, help="seconds for each number of clients (default 8)")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each server is measured (default 3)")
-    parser.add_argument("--concurrency", default="1,16", metavar="N,N", help="numbers of clients (default 1,16)")
-    parser.add_argument("--only", metavar="NAME,NAME", help=f"of {', '.join(server.name for server in SERVERS)}")
-    parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL, metavar="FILE.onnx")
-    parser.add_argument("--image", type=Path, default=ROOT / "examples" / "street.jpg", metavar="FILE")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE.json")
-    parser.add_argument("--log", type=Path, default=Path(os.devnull), metavar="FILE", help="what the servers say")
+def parse() -> argparse.Namespace:
+    parser = option_parser("servers", __doc__)
+    parser.add_argument(
+        "--duration", type=float, default=8, metavar="SECONDS", help="for each number of clients (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="times that each server is measured (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--concurrency", default="1,16", metavar="N,N", help="numbers of clients (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", metavar="NAME,NAME", help=f"some of {', '.join(server.name for server in SERVERS)} (default: all)"
+    )
+    parser.add_argument(
+        "--model", type=Path, default=EMBEDDED_MODEL, metavar="FILE.onnx", help="default: the embedded model"
+    )
+    parser.add_argument("--image", type=Path, default=STREET, metavar="FILE", help="default: examples/street.jpg")
+    add_output(parser, "servers.json")
+    parser.add_argument(
+        "--log", type=Path, default=Path(os.devnull), metavar="FILE", help="what the servers say (default: nowhere)"
+    )
     options = parser.parse_args()
-    concurrency = bench.read_concurrency(options.concurrency)
     known = [server.name for server in SERVERS]
-    wanted_names = options.only.split(",") if options.only else known
-    if unknown := set(wanted_names) - set(known):
+    options.only = options.only.split(",") if options.only else known
+    if unknown := set(options.only) - set(known):
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
-    versions = {server.name: version(server.package) for server in SERVERS if server.name in wanted_names}
+    return options
+
+
+def main() -> None:
+    options = parse()
+    concurrency = bench.read_concurrency(options.concurrency)
+    versions = {server.name: version(server.package) for server in SERVERS if server.name in options.only}
     servers = [server for server in SERVERS if versions.get(server.name)]
     if not servers:
         sys.exit("none of these servers is installed here; pip install -r benchmarks/requirements-peers.txt")
@@ -292,8 +308,8 @@ def main() -> None:
     result = {
         "command": f"python -m benchmarks.servers --duration {options.duration:g} --rounds {options.rounds} "
         f"--concurrency {options.concurrency}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip(),
-        "hardware": f"{CORES} CPU cores, {platform.machine()}, {processor()}",
+        "commit": commit(),
+        "hardware": f"{hardware()}, {processor()}",
         "model": segmenter.engine.metadata.name,
         "picture": {"bytes": len(picture), "width": pixels.shape[1], "height": pixels.shape[0]},
         "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__}
@@ -305,14 +321,6 @@ def main() -> None:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((text.partition(":")[2].strip() for text in lines if text.startswith("model name")), "")
 
 
 def summary(

@@ -10,7 +10,6 @@ standard output. Until a GPU has been measured its column is computed from the p
 in ONNX Runtime's profile, and the bytes of the merging, at the shares of an H200's peaks in ASSUMED.
 """
 
-import argparse
 import json
 import os
 import re
@@ -28,8 +27,8 @@ import numpy as np
 import onnxruntime as ort
 from rich.progress import track
 
+from benchmarks.command import RESULTS, facts, option_parser, processor
 from benchmarks.pictures import photo
-from benchmarks.server import RESULTS, facts
 from service.cost import work_of
 from service.engine import Engine, ModelError
 from service.images import decode, reduced_size
@@ -206,11 +205,15 @@ def _million(pictures_per_s: float, dollars_per_hour: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--seconds", type=float, default=10, help="of each load (default 10)")
-    parser.add_argument("--core-hour", type=float, default=CORE_HOUR, help=f"dollars, assumed (default {CORE_HOUR:g})")
-    parser.add_argument("--gpu-hour", type=float, default=GPU_HOUR, help=f"dollars, assumed (default {GPU_HOUR:g})")
+    parser = option_parser("sizing", __doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=10, metavar="N", help="of each load (default: %(default)s)")
+    parser.add_argument(
+        "--core-hour", type=float, default=CORE_HOUR, metavar="DOLLARS", help="assumed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpu-hour", type=float, default=GPU_HOUR, metavar="DOLLARS", help="assumed (default: %(default)s)"
+    )
     options = parser.parse_args()
     try:
         engine = Engine(EMBEDDED_MODEL, options.device, threads=1)
@@ -224,7 +227,7 @@ def main() -> None:
     result: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     result[options.device] = {
         **facts(f"python -m benchmarks.sizing --device {options.device} --seconds {options.seconds:g}"),
-        "processor": _processor(),
+        "processor": processor(),
         "model_sha256": engine.sha256,
         "dollars_per_hour": options.core_hour if options.device == "cpu" else options.gpu_hour,
         "loads": measured,
@@ -241,12 +244,6 @@ def main() -> None:
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     if "cpu" in result:
         print("\n".join(rows(result)))
-
-
-def _processor() -> str:
-    """The processor's name, as Linux tells it."""
-    found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return found[1].strip() if found else "unknown"
 
 
 if __name__ == "__main__":

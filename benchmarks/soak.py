@@ -8,7 +8,6 @@ leaves before the answer. A seed decides the order. Memory is read every few sec
 the time may be 5 % above that of the tenth after the warm-up, which is the first fifth.
 """
 
-import argparse
 import itertools
 import json
 import random
@@ -23,9 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command import RESULTS, facts, option_parser
 from benchmarks.malformed import TIMEOUT_MS, Stock, Tally, malformed, send, stock_for, table
 from benchmarks.pictures import photo
-from benchmarks.server import RESULTS, Server, facts, serving
+from benchmarks.server import Server, serving
 from benchmarks.wire import Request, form, request_bytes
 
 GROWTH = 0.05
@@ -127,10 +127,10 @@ def growth(samples: list[tuple[float, int]], seconds: float) -> tuple[float, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--clients", type=int, default=4, help="requests at a time (default 4)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = option_parser("soak", __doc__)
+    parser.add_argument("--minutes", type=float, default=30, metavar="N", help="of load (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=4, metavar="N", help="requests at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides the requests (default: %(default)s)")
     parser.add_argument("--url", help="a running server; without it, one is started with the embedded model")
     options = parser.parse_args()
     seconds = options.minutes * 60

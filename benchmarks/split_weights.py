@@ -6,13 +6,13 @@
 Beside the parts lies manifest.json with the name, size and SHA-256 of the whole and of every part.
 """
 
-import argparse
 import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import option_parser
 from model.files import replacing
 
 PART_BYTES = 15_000_000
@@ -68,7 +68,7 @@ def join(folder: Path, file: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser("split_weights", __doc__)
     parser.add_argument("verb", choices=("split", "join"))
     parser.add_argument("source", type=Path, help="a file to split, or a folder of parts")
     parser.add_argument("target", type=Path, help="the folder for the parts, or the file to make")

@@ -7,13 +7,9 @@ ratio of their times means something on a shared machine; both are evaluated on 
 stride runs at the other, because dilation keeps the receptive fields (Chen et al., DeepLab, section 3.1).
 """
 
-import argparse
 import dataclasses
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -23,15 +19,15 @@ import onnxruntime
 import torch
 from rich.progress import Progress, track
 
+from benchmarks.command import add_output, commit, hardware, option_parser
 from export.core import core_model
 from export.whole import whole_model
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
-from model.data import DataError, SegmentationData, open_dataset
-from model.evaluate import Options, evaluate
+from model.data import SPLITS, DataError, SegmentationData, open_dataset
+from model.evaluation import Options, evaluate
 from model.files import replacing
 from model.metrics import mean_iou, pixel_accuracy
 
-RESULTS = Path(__file__).parent / "results"
 PICTURE = (360, 480)
 
 
@@ -66,7 +62,7 @@ def milliseconds(sessions: dict[int, onnxruntime.InferenceSession], rounds: int)
 
 
 def accuracy(checkpoint: Checkpoint, stride: int, data: SegmentationData) -> dict[str, float]:
-    options = Options(data.split, (1.0,), False, "whole", "softmax", checkpoint.base_size, checkpoint.base_size, 0)
+    options = Options(split=data.split, base_size=checkpoint.base_size)
     model = build_model(at_stride(checkpoint, stride))
     with Progress() as progress:
         bar = progress.add_task(f"evaluating at stride {stride}", total=len(data))
@@ -78,12 +74,14 @@ def accuracy(checkpoint: Checkpoint, stride: int, data: SegmentationData) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--rounds", type=int, default=20, help="timings of each network (default 20)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "stride.json", metavar="FILE.json")
+    parser = option_parser("stride", __doc__)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint that `python -m model.evaluate` reads")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=20, metavar="N", help="timings of each network (default: %(default)s)"
+    )
+    add_output(parser, "stride.json")
     options = parser.parse_args()
     try:
         checkpoint = load_checkpoint(options.checkpoint)
@@ -94,10 +92,10 @@ def main() -> None:
     medians = {stride: statistics.median(values) for stride, values in times.items()}
     result: dict[str, Any] = {
         "command": f"python -m benchmarks.stride CHECKPOINT --data DIR --split {options.split}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "checkpoint_sha256": checkpoint.sha256,
         "trained_at_stride": checkpoint.config.output_stride,
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "hardware": hardware(),
         "onnxruntime": onnxruntime.__version__,
         "strides": {
             str(stride): {"median_ms": round(medians[stride], 1), **accuracy(checkpoint, stride, data)}

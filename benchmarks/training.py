@@ -36,7 +36,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.commit import commit
+from benchmarks.command import commit
 from benchmarks.gpu_parts import broadcast_form
 from benchmarks.runs import ROOT
 from model.augment import StepSampler

@@ -9,7 +9,6 @@ not done again. After every run the table is printed and everything so far is wr
 means over the seeds of the differences between runs of the same seed, with their standard deviations.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ablation import cell, spread
+from benchmarks.command import option_parser
 from benchmarks.runs import Job, RunError, advance, run_facts
 from model.arguments import at_least_one, minutes
 from model.files import replacing
@@ -79,14 +79,14 @@ def write(planned: dict[tuple[str, int], Job], root: Path, about: dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser("trials", __doc__)
     parser.add_argument("trials", nargs="+", metavar='"key=value ..."', help="what to change, for each trial")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set folder")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="recipe file (TOML)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all runs")
     parser.add_argument("--base", default="", metavar='"key=value ..."', help="options for every run, as epochs=16")
     parser.add_argument("--seeds", type=at_least_one, default=1, metavar="N", help="of each trial (default: 1)")
-    parser.add_argument("--minutes", type=minutes, default=math.inf, metavar="N", help="stop after so long")
+    parser.add_argument("--minutes", type=minutes, default=math.inf, metavar="N", help="stop after so long (default: never)")
     options = parser.parse_intermixed_args(arguments)
     until, console = time.monotonic() + 60 * options.minutes, Console()
     try:

@@ -1,3 +1,5 @@
+"""`python -m export`: see `python -m export --help`."""
+
 import sys
 
 from export.cli import main

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy
 import onnx
 import onnx.parser
-import onnxruntime
 
-from export.errors import ExportError, ParityError
+from export.errors import ParityError
 from export.metadata import describe
-from export.parity import Case, picture, session_options
-from export.whole import subgraphs
+from export.parity import Case, picture, session
+from export.whole import insert_graph, subgraphs
 
 LEAST_SCALE, MOST_SCALE = 0.25, 3.0  # a scale beyond is taken as the nearer one: a graph cannot refuse an input
 
@@ -83,30 +82,11 @@ def batched_model(whole: onnx.ModelProto) -> onnx.ModelProto:
     del model.opset_import[:]
     model.opset_import.extend(whole.opset_import)
     model.functions.extend(whole.functions)
-    insert_graph(next(subgraphs(model.graph)), whole.graph)
+    body = next(subgraphs(model.graph))
+    insert_graph(body, PLACEHOLDER, whole.graph, ("image", "scales", "flip"), ("mask", "presence"), "whole/")
     values = {entry.key: entry.value for entry in whole.metadata_props}
     describe(model, {**values, "graph": "batched"})
     return model
-
-
-def insert_graph(body: onnx.GraphProto, whole: onnx.GraphProto) -> None:
-    """Put a graph's nodes in the place of the one node that stands for it; its other names get a prefix."""
-    position = next(i for i, node in enumerate(body.node) if node.op_type == PLACEHOLDER)
-    place = body.node[position]
-    names = {"": "", **dict(zip(("image", "scales", "flip"), place.input, strict=True))}
-    names.update(zip(("mask", "presence"), place.output, strict=True))
-    inside = onnx.GraphProto()
-    inside.CopyFrom(whole)
-    for graph in (inside, *subgraphs(inside)):
-        for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
-            value.name = names.get(value.name, f"whole/{value.name}")
-        for node in graph.node:
-            node.input[:] = [names.get(name, f"whole/{name}") for name in node.input]
-            node.output[:] = [names.get(name, f"whole/{name}") for name in node.output]
-    before, after = list(body.node[:position]), list(body.node[position + 1 :])
-    del body.node[:]
-    body.node.extend([*before, *inside.node, *after])
-    body.initializer.extend(inside.initializer)
 
 
 def check_same(whole: bytes, batched: bytes, library: Path | None) -> None:
@@ -118,25 +98,10 @@ def check_same(whole: bytes, batched: bytes, library: Path | None) -> None:
     scales = numpy.array([[0.5, 0.25], [0.75, 0.75], [0.5, 0.25]], numpy.float32)
     flip = numpy.array([[False], [True], [False]])
     names = ["mask", "presence"]
-    found = _session(batched, library).run(names, {"image": image, "scales": scales, "flip": flip})
-    runtime = _session(whole, library)
+    found = session(batched, library).run(names, {"image": image, "scales": scales, "flip": flip})
+    runtime = session(whole, library)
     for group in ([0, 2], [1]):
         feeds = {"image": image[group], "scales": scales[group[0]], "flip": flip[group[0]].reshape(())}
         for name, expected, answer in zip(names, runtime.run(names, feeds), found, strict=True):
             if not numpy.array_equal(answer[group], expected):
                 raise ParityError(f"the graph for Triton and the whole graph differ in {name}; nothing is written")
-
-
-def kernel_options(library: Path | None) -> onnxruntime.SessionOptions:
-    """Options of a session with the compiled kernel, if one is given. Raises ExportError where it does not load."""
-    options = session_options()
-    if library:
-        try:
-            options.register_custom_ops_library(str(library))
-        except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
-            raise ExportError(f"the compiled kernel {library} does not load: {str(error).splitlines()[0]}") from error
-    return options
-
-
-def _session(model: bytes, library: Path | None) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(model, kernel_options(library), providers=["CPUExecutionProvider"])

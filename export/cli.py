@@ -27,6 +27,7 @@ from model.arguments import scales
 from model.checkpoint import MOST_BASE_SIZE, Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, read_classes
 from model.files import replacing
+from model.wording import first_line
 
 EPILOG = """the file
   The whole graph (default) takes image uint8 (N, H, W, 3) RGB, scales float32 (S,) and flip bool (), and answers mask
@@ -246,7 +247,7 @@ def export_checkpoint(arguments: argparse.Namespace, console: Console, notes: Co
         try:
             onnx.checker.check_model(model)
         except ValidationError as error:
-            raise ExportError(f"the exported graph is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
+            raise ExportError(f"the exported graph is not valid ONNX: {first_line(error)}") from error
 
         status.update("comparing ONNX Runtime with PyTorch")
         tolerance = parity.FLOAT16 if arguments.fp16 or arguments.compact else parity.FLOAT32

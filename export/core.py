@@ -15,6 +15,7 @@ from export import encoding_op
 from export.errors import ExportError
 from export.half import convolutions_to_half
 from model.encnet import EncNet
+from model.wording import first_line
 
 EXAMPLE_SIZE = (2, 3, 64, 96)
 
@@ -54,7 +55,7 @@ def core_model(network: EncNet, fp16: bool = False) -> onnx.ModelProto:
                 verbose=False,
             )
     except Exception as error:
-        raise ExportError(f"PyTorch could not export the network: {str(error).strip().splitlines()[0]}") from error
+        raise ExportError(f"PyTorch could not export the network: {first_line(error)}") from error
     if program is None:
         raise ExportError("PyTorch could not export the network")
     model: onnx.ModelProto = program.model_proto

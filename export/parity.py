@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 import onnxruntime
 import torch
 from torch.nn import functional as F
 
-from export.errors import ParityError
+from export.errors import ExportError, ParityError
 from model.checkpoint import Checkpoint
 from model.encnet import EncNet
 from model.predict import normalise, predict
+from model.wording import first_line
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,26 @@ def picture(case: Case) -> torch.Tensor:
     return (255 * (0.9 * blobs + 0.1 * grain)).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def session_options() -> onnxruntime.SessionOptions:
-    """Errors only, and as many threads as PyTorch has."""
+def session_options(library: Path | None = None) -> onnxruntime.SessionOptions:
+    """Errors only, as many threads as PyTorch has, and the compiled kernel where its library is given.
+
+    Raises ExportError where the library does not load.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if library:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
+            raise ExportError(f"the compiled kernel {library} does not load: {first_line(error)}") from error
     return options
 
 
-def session(model: bytes) -> onnxruntime.InferenceSession:
-    """The model on the CPU of a stock ONNX Runtime."""
-    return onnxruntime.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"])
+def session(model: bytes, library: Path | None = None) -> onnxruntime.InferenceSession:
+    """The model on the CPU, of a stock ONNX Runtime or with the compiled kernel. Raises as `session_options` does."""
+    return onnxruntime.InferenceSession(model, session_options(library), providers=["CPUExecutionProvider"])
 
 
 def compare_core(
@@ -181,6 +191,7 @@ def largest_error(found: numpy.ndarray, expected: numpy.ndarray) -> float:
 
 
 def equal_share(found: numpy.ndarray, expected: numpy.ndarray) -> float:
+    """Share of equal labels, 0..1; 0 where the shapes differ."""
     return float((found == expected).mean()) if found.shape == expected.shape else 0.0
 
 

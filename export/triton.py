@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy
 import onnx
 
-from export.batched import LEAST_SCALE, MOST_SCALE, batched_model, check_same, kernel_options
+from export.batched import LEAST_SCALE, MOST_SCALE, batched_model, check_same
 from export.errors import ExportError
 from export.metadata import FORMAT
+from export.parity import session_options
 from model.checkpoint import MOST_BASE_SIZE, is_positive
 from model.files import replacing
 from model.foreign import are_names
@@ -216,7 +217,7 @@ def check_model(repository: Path, name: str, classes: Sequence[str], *, mount: s
             "can; choose one with --name"
         )
     if mount:
-        kernel_options(compiled_kernel())
+        session_options(compiled_kernel())
     folder = repository / name
     labels = folder / "labels.txt"
     same = labels.is_file() and labels.read_bytes() == _labels(classes)

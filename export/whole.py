@@ -1,6 +1,6 @@
 """The whole of inference as one ONNX graph, around the network: the ONNX side of `model.predict.predict`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy
 import onnx
@@ -172,8 +172,10 @@ def whole_model(
         for name, values in (("presence_scale", calibration.scale), ("presence_bias", calibration.bias)):
             model.graph.initializer.append(numpy_helper.from_array(numpy.array([values], numpy.float32), name))
     body = next(graph for graph in subgraphs(model.graph) if graph.name == "at_one_scale")
-    insert_network(body, core.graph)
-    body.initializer.extend(core.graph.initializer)
+    network = core.graph
+    weights = {tensor.name for tensor in network.initializer}
+    inputs, outputs = ([value.name for value in values] for values in (network.input, network.output))
+    insert_graph(body, PLACEHOLDER, network, inputs, outputs, "network/", kept=weights)
     encoding_op.add_function(model)
     return model
 
@@ -187,21 +189,33 @@ def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from subgraphs(attribute.g)
 
 
-def insert_network(body: onnx.GraphProto, network: onnx.GraphProto) -> None:
-    """Put the network's nodes in the place of the one node that stands for it, joined by that node's names."""
-    position = next(i for i, node in enumerate(body.node) if node.op_type == PLACEHOLDER)
+def insert_graph(
+    body: onnx.GraphProto,
+    placeholder: str,
+    graph: onnx.GraphProto,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    prefix: str,
+    kept: Collection[str] = (),
+) -> None:
+    """Put a graph's nodes and initializers in the place of the one node of that kind that stands for it.
+
+    inputs, outputs: the graph's names for what that node reads and makes, which take the node's names; every other name
+    gets the prefix, but for those that are kept.
+    """
+    position = next(i for i, node in enumerate(body.node) if node.op_type == placeholder)
     place = body.node[position]
-    names = {"": "", **{tensor.name: tensor.name for tensor in network.initializer}}
-    names[network.input[0].name] = place.input[0]
-    for value, outer in zip(network.output, place.output, strict=True):
-        names[value.name] = outer
+    names = {"": "", **{name: name for name in kept}}
+    names.update(zip((*inputs, *outputs), (*place.input, *place.output), strict=True))
+    inside = onnx.GraphProto()
+    inside.CopyFrom(graph)
+    for part in (inside, *subgraphs(inside)):
+        for value in (*part.input, *part.output, *part.initializer, *part.value_info):
+            value.name = names.get(value.name, f"{prefix}{value.name}")
+        for node in part.node:
+            node.input[:] = [names.get(name, f"{prefix}{name}") for name in node.input]
+            node.output[:] = [names.get(name, f"{prefix}{name}") for name in node.output]
     before, after = list(body.node[:position]), list(body.node[position + 1 :])
-    inside = []
-    for node in network.node:
-        renamed = onnx.NodeProto()
-        renamed.CopyFrom(node)
-        renamed.input[:] = [names.get(name, f"network/{name}") for name in node.input]
-        renamed.output[:] = [names.get(name, f"network/{name}") for name in node.output]
-        inside.append(renamed)
     del body.node[:]
-    body.node.extend([*before, *inside, *after])
+    body.node.extend([*before, *inside.node, *after])
+    body.initializer.extend(inside.initializer)

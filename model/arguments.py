@@ -3,7 +3,15 @@
 import argparse
 import math
 
+import torch
+
+from model.wording import first_line
+
 LEAST_SCALE, MOST_SCALE = 0.1, 8.0
+
+
+class DeviceError(ValueError):
+    """A device that is not to be had here; the message says why."""
 
 
 def scales(text: str) -> tuple[float, ...]:
@@ -35,3 +43,21 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
     return int(text)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option --device, whose text is for `choose_device`."""
+    text = "auto, cpu, cuda or cuda:N; auto takes a GPU if there is one (default: %(default)s)"
+    parser.add_argument("--device", default="auto", metavar="NAME", help=text)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one, else the CPU. Raises DeviceError for others."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f"--device {name}: not available here: {first_line(error)}") from error
+    return device

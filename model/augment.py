@@ -104,6 +104,7 @@ class Draws(NamedTuple):
 
 
 def stack(draws: Sequence[Draw]) -> Draws:
+    """The draws of a batch, all made with one Augmentation, on the CPU."""
     order = torch.tensor([one.order for one in draws], dtype=torch.int64).view(len(draws), -1)
     curves = [one.curves for one in draws if one.curves is not None]
     return Draws(

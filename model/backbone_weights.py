@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.checkpoint import CheckpointError, check_state, read_pickle
-from model.foreign import backbone_name, inverse, listing, refuse_pooled_shortcuts, rename, unwrap
+from model.foreign import backbone_name, inverse, refuse_pooled_shortcuts, rename, unwrap
 from model.resnet import DEEP_STEM_WIDTHS, ResNet
+from model.weights import CheckpointError, check_state, read_pickle
+from model.wording import listing
 
 WRAPPERS = ("state_dict", "model", "weights")
 NETWORKS = ("backbone.", "pretrained.")
@@ -94,6 +95,7 @@ def translate(document: Mapping[str, Any], wanted: str) -> BackboneWeights:
 
 
 def ours(key: str) -> str:
+    """Our name for a key of any of the formats, whose network's prefix is off."""
     return rename(key, OPENMMLAB_STEM) or key
 
 

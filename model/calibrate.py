@@ -13,16 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from model.arguments import DeviceError, add_device, choose_device
 from model.calibration import FITS, METHODS, varying
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint, save_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
-from model.evaluate import EvaluationError, choose_device
-from model.foreign import listing
+from model.evaluation import EvaluationError, check_classes
 from model.layouts import LAYOUTS
 from model.losses import presence_targets
 from model.metrics import average_precision, expected_calibration_error, mean_defined, negative_log_likelihood
 from model.predict import normalise, view_of
+from model.wording import listing
 
 FOLDS = 5
 
@@ -50,9 +51,8 @@ def presence_logits(
     The model is on `device`. Raises EvaluationError when checkpoint and data set have different numbers of classes,
     DataError for a broken file.
     """
+    check_classes(checkpoint, data)
     classes = checkpoint.config.num_classes
-    if classes != len(data.classes):
-        raise EvaluationError(f"the checkpoint has {classes} classes, the data set {len(data.classes)}")
     logits = torch.zeros(len(data), classes, dtype=torch.float64)
     present = torch.zeros(len(data), classes, dtype=torch.bool)
     with torch.inference_mode():
@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
         "(default: beside the checkpoint, its name ending in .calibrated.pt)",
     )
     root.add_argument("--layout", choices=list(LAYOUTS), default="", metavar="NAME", help="as in model.evaluate")
-    root.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    add_device(root)
     return root
 
 
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         run(arguments, Console(), Console(stderr=True))
-    except (EvaluationError, CheckpointError, DataError, OSError) as error:
+    except (EvaluationError, DeviceError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -21,16 +21,14 @@ from model.calibration import Calibration
 from model.config import ModelConfig
 from model.encnet import EncNet
 from model.files import replacing
-from model.foreign import are_names, inverse, is_palette, listing, read_foreign, rename
+from model.foreign import are_names, inverse, is_palette, read_foreign, rename
+from model.weights import CheckpointError, check_state, raise_for, read_pickle
+from model.wording import listing
 
 FORMAT = "encnet-serve/1"
 MOST_BASE_SIZE = 16384
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class CheckpointError(ValueError):
-    """A file that is no usable checkpoint; the message says what is wrong with it."""
 
 
 @dataclass
@@ -65,6 +63,7 @@ class Checkpoint:
 
 
 def library_versions() -> dict[str, str]:
+    """Of what decides how weights come out: torch, numpy and Python."""
     return {"torch": str(torch.__version__), "numpy": numpy.__version__, "python": platform.python_version()}
 
 
@@ -153,7 +152,7 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
         for key, value in values.items()
         if key in FIELD_TYPES and not isinstance(value, FIELD_TYPES[key])
     ]
-    _raise_for(("missing fields", missing), ("left-over fields", left_over), ("fields of a wrong type", wrong))
+    raise_for(("missing fields", missing), ("left-over fields", left_over), ("fields of a wrong type", wrong))
 
     config = ModelConfig.from_dict(values.pop("config"))
     if "calibration" in values:
@@ -182,7 +181,7 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
         raise ValueError("; ".join(broken))
     checkpoint.palette = [[int(value) for value in colour] for colour in checkpoint.palette]
     tensorless = [str(key) for key, value in checkpoint.weights.items() if not isinstance(value, Tensor)]
-    _raise_for(("weights that are no tensors", tensorless))
+    raise_for(("weights that are no tensors", tensorless))
     check_weights(checkpoint.config, checkpoint.weights)
     return checkpoint
 
@@ -211,50 +210,6 @@ def _foreign(document: Mapping[str, Any], name: str) -> Checkpoint:
         step=found.step,
         source=found.source,
     )
-
-
-NUMPY_MAKERS: list[Any] = [numpy.float64(0).__reduce__()[0], numpy.empty(0).__reduce__()[0]]
-INERT_NUMPY: list[Any] = [
-    numpy.ndarray,
-    numpy.dtype,
-    *(getattr(numpy.dtypes, name) for name in numpy.dtypes.__all__),
-    *(
-        (function, f"numpy.{package}.multiarray.{function.__name__}")
-        for function in NUMPY_MAKERS
-        for package in ("core", "_core")
-    ),
-]
-
-
-def read_pickle(path: Path) -> Any:
-    """The object in a .pt / .pth file, tensors on the CPU; code in the file is never run.
-
-    Besides what torch allows, numpy's scalars and arrays are read: training scripts leave them beside the weights.
-    Raises CheckpointError, which for an object of another class says how to get the weights out.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        with torch.serialization.safe_globals(INERT_NUMPY):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        message = str(error).strip()
-        refused = re.search(r"GLOBAL ([\w.]+)", message)
-        if refused:
-            raise CheckpointError(
-                f"{path}: refused, because besides weights it holds an object of class {refused[1]}, and making one "
-                "runs that class's code; where its library is installed, and if you trust the file, save only the "
-                "weights, and give the names of the classes with --classes: "
-                'python -c "import torch; '
-                f"d = torch.load({str(path.absolute())!r}, map_location='cpu', weights_only=False); "
-                "torch.save({'state_dict': d.state_dict() if hasattr(d, 'state_dict') else d.get('state_dict', d)}, "
-                "'weights.pth')\""
-            ) from error
-        advice = "weights_only"  # torch's advice to load it unsafely, which is not ours
-        reason = message.splitlines()[0] if message and advice not in message else type(error).__name__
-        raise CheckpointError(
-            f"{path}: not readable as a PyTorch checkpoint (truncated, or no checkpoint): {reason}"
-        ) from error
 
 
 def build_model(checkpoint: Checkpoint) -> EncNet:
@@ -286,52 +241,3 @@ def check_weights(
     with torch.device("meta"):
         expected = EncNet(config).state_dict()
     check_state(expected, weights, unknown, name)
-
-
-REAL = {
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-}
-
-
-def check_state(
-    expected: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    unknown: Iterable[str] = (),
-    name: Callable[[str], str] = str,
-) -> None:
-    """Raise ValueError unless the weights are exactly the expected ones by key and shape, and finite; see above."""
-    missing = [name(key) for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
-    left_over = [*unknown, *(name(key) for key in weights if key not in expected)]
-    odd = [key for key, value in weights.items() if not _is_dense(value)]
-    fitting = {key: value for key, value in weights.items() if key in expected and key not in odd}
-    shapes = [
-        f"{name(key)} (expected {tuple(expected[key].shape)}, got {tuple(value.shape)})"
-        for key, value in fitting.items()
-        if expected[key].shape != value.shape
-    ]
-    broken = [name(key) for key, value in fitting.items() if not value.isfinite().all()]
-    _raise_for(
-        ("missing keys", missing),
-        ("left-over keys", left_over),
-        ("no dense tensors of real numbers", [name(key) for key in odd]),
-        ("wrong shapes", shapes),
-        ("NaN or infinite", broken),
-    )
-
-
-def _is_dense(value: Tensor) -> bool:
-    return value.dtype in REAL and value.layout == torch.strided and value.device.type != "meta"
-
-
-def _raise_for(*findings: tuple[str, list[str]]) -> None:
-    problems = [f"{title}: {listing(items)}" for title, items in findings if items]
-    if problems:
-        raise ValueError("; ".join(problems))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.checkpoint import CheckpointError, check_state, library_versions, read_pickle
+from model.checkpoint import library_versions
 from model.encoding import Encoding, encode
 from model.files import replacing
 from model.resnet import conv3x3
+from model.weights import CheckpointError, check_state, read_pickle
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 REDUCTION = 4

@@ -90,6 +90,7 @@ def read_python(path: Path) -> Pictures:
 
 
 def checked(path: Path, pixels: numpy.ndarray, labels: numpy.ndarray) -> Pictures:
+    """uint8 (N, 3072) and integers (N,) of a file as Pictures. Raises DataError for a label that is no class."""
     if labels.dtype.kind not in "iu" or not ((labels >= 0) & (labels < len(CLASSES))).all():
         raise DataError(f"{path}: labels must be 0..{len(CLASSES) - 1}, found {numpy.unique(labels)[-3:].tolist()}")
     images = torch.from_numpy(pixels.reshape(-1, CHANNELS, SIDE, SIDE).copy())

@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
 
 
 class ConvNormReLU(nn.Module):
-    """Convolution without bias, batch norm, ReLU; the size is kept."""
+    """Convolution without bias, batch norm, ReLU: (B, inputs, H, W) -> (B, outputs, H, W)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
@@ -46,6 +46,7 @@ class SceneEncoding(nn.Module):
         self.code_norm = nn.BatchNorm1d(codewords)
 
     def encode_scene(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) -> (B, channels), whatever a subclass makes of it in `forward`."""
         codes = self.encoding(self.project(x))
         with torch.autocast(x.device.type, enabled=False):
             return F.relu(self.code_norm(codes)).mean(1)
@@ -73,7 +74,10 @@ def raise_channels(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 class Detail(nn.Module):
-    """Refine gated features at stride 4 with stage 1, as the decoder of DeepLabV3+ does (Chen et al., ECCV 2018)."""
+    """Refine gated features at stride 4 with stage 1, as the decoder of DeepLabV3+ does (Chen et al., ECCV 2018).
+
+    (B, inputs, h, w) and stage 1's (B, stage1, H, W) -> (B, channels, H, W).
+    """
 
     def __init__(self, stage1: int, inputs: int, channels: int, align_corners: bool) -> None:
         super().__init__()
@@ -87,7 +91,7 @@ class Detail(nn.Module):
 
 
 class EncHead(nn.Module):
-    """Stages -> class logits at the head's own stride, and presence logits."""
+    """Stages -> class logits (B, C, h, w) at the head's own stride, and presence logits (B, C)."""
 
     def __init__(self, config: ModelConfig, widths: list[int]) -> None:
         super().__init__()
@@ -143,7 +147,10 @@ def surest_pixel(logits: Tensor) -> Tensor:
 
 
 class FCNHead(nn.Module):
-    """3x3 convolution to a quarter of the channels and a pixel classifier (Long et al., CVPR 2015)."""
+    """3x3 convolution to a quarter of the channels and a pixel classifier (Long et al., CVPR 2015).
+
+    (B, inputs, h, w) -> class logits (B, C, h, w).
+    """
 
     def __init__(self, inputs: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -156,7 +163,10 @@ class FCNHead(nn.Module):
 
 
 class StagePresence(nn.Module):
-    """The second SE-loss of the paper: a scene encoding with a presence head of its own on stage 3."""
+    """The second SE-loss of the paper: a scene encoding with a presence head of its own on stage 3.
+
+    (B, inputs, h, w) -> presence logits (B, C).
+    """
 
     def __init__(self, inputs: int, config: ModelConfig) -> None:
         super().__init__()
@@ -168,7 +178,7 @@ class StagePresence(nn.Module):
 
 
 class EncNet(nn.Module):
-    """The whole network; `config` is all that is needed to build it again."""
+    """The whole network (paper section 3, figure 2); `config` is all that is needed to build it again."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -3,49 +3,38 @@
 import argparse
 import dataclasses
 import json
-import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from model.arguments import scales
+from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, library_versions, load_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, leave_out, open_dataset
-from model.encnet import EncNet
-from model.figures import Sample, contact_sheet
-from model.files import replacing
-from model.foreign import listing
-from model.layouts import LAYOUTS
-from model.losses import presence_targets
-from model.metrics import (
-    BINS,
-    average_precision,
-    class_accuracy,
-    confusion,
-    expected_calibration_error,
-    f1,
-    intersection_over_union,
-    mean_defined,
-    mean_iou,
-    mean_iou_authors,
-    pixel_accuracy,
+from model.evaluation import (
+    PRESENCE_THRESHOLD,
+    Evaluation,
+    EvaluationError,
+    Options,
+    check_classes,
+    class_rows,
+    evaluate,
+    totals,
 )
-from model.predict import predict
-from model.windows import MERGES, predict_windows
+from model.figures import contact_sheet
+from model.files import replacing
+from model.layouts import LAYOUTS
+from model.metrics import BINS
+from model.windows import MERGES
+from model.wording import listing
 
-PRESENCE_THRESHOLD = 0.5
-SHEET_PICTURES = 8
-WAITING_BATCHES = 4  # most batches of pictures that wait for others of their size
+LEAST_SIDE = 8  # pixels, of views and windows
 
 EPILOG = """examples:
   one view of every test picture
@@ -62,176 +51,6 @@ files: OUTPUT/evaluation.json has every figure, the options, versions and the ch
 OUTPUT/contact_sheet.png shows pictures, truth, prediction and presence, OUTPUT/reliability.png how often a class is
 there when its score says so.
 """
-
-
-class EvaluationError(ValueError):
-    """Options that do not fit each other, the checkpoint or the data; the message says which."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is computed; base_size and crop in pixels, limit in pictures (0: all of the split), without: their IDs.
-
-    batch: most pictures of one size to run together, under the protocol "whole"; precision: "fp32" or "bf16".
-    """
-
-    split: str
-    scales: tuple[float, ...]
-    flip: bool
-    protocol: str
-    merge: str
-    crop: int
-    base_size: int
-    limit: int
-    without: tuple[str, ...] = ()
-    batch: int = 1
-    precision: str = "fp32"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """counts: (C, C) confusion; scores: (P, C) presence in 0..1; present: (P, C) bool, its truth; seconds elapsed."""
-
-    counts: numpy.ndarray
-    scores: numpy.ndarray
-    present: numpy.ndarray
-    samples: list[Sample]
-    seconds: float
-
-
-def check_classes(checkpoint: Checkpoint, data: SegmentationData) -> None:
-    """Raise EvaluationError when checkpoint and data set have different numbers of classes."""
-    classes = checkpoint.config.num_classes
-    if classes != len(data.classes):
-        raise EvaluationError(f"the checkpoint has {classes} classes, the data set {len(data.classes)}")
-
-
-def evaluate(
-    checkpoint: Checkpoint,
-    model: EncNet,
-    data: SegmentationData,
-    options: Options,
-    device: torch.device,
-    advance: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Run the model, which is on `device`, over the split; `advance` is called after each picture.
-
-    Raises EvaluationError when checkpoint and data set have different numbers of classes, DataError for a broken file.
-    """
-    check_classes(checkpoint, data)
-    classes = checkpoint.config.num_classes
-    pictures = min(options.limit or len(data), len(data))
-    shown = set(numpy.linspace(0, pictures - 1, min(SHEET_PICTURES, pictures)).round().astype(int).tolist())
-    counts = numpy.zeros((classes, classes), dtype=numpy.int64)
-    scores = numpy.zeros((pictures, classes))
-    present = numpy.zeros((pictures, classes), dtype=bool)
-    samples: dict[int, Sample] = {}
-    start = time.perf_counter()
-    for batch in _batches(data, pictures, options.batch if options.protocol == "whole" else 1):
-        indexes, images, truths = zip(*batch, strict=True)
-        targets = torch.from_numpy(numpy.stack(truths)).to(device)
-        views = torch.from_numpy(numpy.stack(images)).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            label_scores, presence = _predict(checkpoint, model, views, options)
-        masks = label_scores.argmax(1)
-        counts += confusion(masks, targets, classes)
-        rows = list(indexes)
-        scores[rows] = presence.float().cpu().numpy()
-        present[rows] = presence_targets(targets, classes).cpu().numpy() > 0
-        for mask, (index, image, truth) in zip(masks, batch, strict=True):
-            if index in shown:
-                labels = mask.cpu().numpy().astype(numpy.uint8)
-                samples[index] = Sample(data.ids[index], image, truth, labels, scores[index], present[index])
-            advance()
-    ordered = [samples[index] for index in sorted(samples)]
-    return Evaluation(counts, scores, present, ordered, time.perf_counter() - start)
-
-
-def _batches(
-    data: SegmentationData, pictures: int, batch: int
-) -> Iterator[list[tuple[int, numpy.ndarray, numpy.ndarray]]]:
-    """Index, picture and labels of pictures of one size, at most `batch` at a time.
-
-    At most WAITING_BATCHES * batch pictures are held back; the largest group goes first.
-    """
-    waiting: dict[tuple[int, ...], list[tuple[int, numpy.ndarray, numpy.ndarray]]] = {}
-    for index in range(pictures):
-        image, truth = data.load(index)
-        same = waiting.setdefault(truth.shape, [])
-        same.append((index, image, truth))
-        if len(same) == batch:
-            yield waiting.pop(truth.shape)
-        elif sum(map(len, waiting.values())) > WAITING_BATCHES * batch:
-            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
-    yield from waiting.values()
-
-
-def _predict(
-    checkpoint: Checkpoint, model: EncNet, image: torch.Tensor, options: Options
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, C, H, W) scores and (N, C) presence of pictures (N, H, W, 3)."""
-    views: dict[str, Any] = {
-        "mean": checkpoint.mean,
-        "std": checkpoint.std,
-        "base_size": options.base_size,
-        "scales": options.scales,
-        "flip": options.flip,
-        "calibration": checkpoint.calibration,
-    }
-    if options.protocol == "windows":
-        return predict_windows(model, image, crop=options.crop, merge=options.merge, **views)
-    return predict(model, image, **views)
-
-
-def totals(evaluation: Evaluation) -> dict[str, float | int]:
-    """Figures over all classes, rates in 0..1. Means leave out the classes for which a figure is not defined."""
-    presence_ap, presence_f1, presence_ece = _presence_figures(evaluation)
-    pictures = len(evaluation.scores)
-    return {
-        "miou": mean_iou(evaluation.counts),
-        "miou_authors": mean_iou_authors(evaluation.counts),
-        "pixel_accuracy": pixel_accuracy(evaluation.counts),
-        "class_accuracy": mean_defined(class_accuracy(evaluation.counts)),
-        "presence_map": mean_defined(presence_ap),
-        "presence_macro_f1": mean_defined(presence_f1),
-        "presence_ece": mean_defined(presence_ece),
-        "pictures": pictures,
-        "seconds": round(evaluation.seconds, 3),
-        "pictures_per_second": round(pictures / evaluation.seconds, 3),
-    }
-
-
-def class_rows(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Figures per class, rates in 0..1; None where one is not defined (see model/metrics.py)."""
-    presence_ap, presence_f1, presence_ece = _presence_figures(evaluation)
-    iou, accuracy = intersection_over_union(evaluation.counts), class_accuracy(evaluation.counts)
-    return [
-        {
-            "name": name,
-            "iou": _defined(iou[index]),
-            "accuracy": _defined(accuracy[index]),
-            "presence_ap": _defined(presence_ap[index]),
-            "presence_f1": _defined(presence_f1[index]),
-            "presence_ece": float(presence_ece[index]),
-            "pictures": int(evaluation.present[:, index].sum()),
-            "pixels": int(evaluation.counts[index].sum()),
-        }
-        for index, name in enumerate(names)
-    ]
-
-
-def _presence_figures(evaluation: Evaluation) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Average precision, F1 and expected calibration error of every class, each (C,)."""
-    columns = list(zip(evaluation.scores.T, evaluation.present.T, strict=True))
-    return (
-        numpy.array([average_precision(scores, present) for scores, present in columns]),
-        numpy.array([f1(scores, present, PRESENCE_THRESHOLD) for scores, present in columns]),
-        numpy.array([expected_calibration_error(scores, present) for scores, present in columns]),
-    )
-
-
-def _defined(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
 
 
 def report(
@@ -342,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
         help="how views and windows become one answer: the mean of their probabilities, or, with --protocol windows, "
         "the authors' sum of exp(logits + mirrored logits) (default: %(default)s)",
     )
-    root.add_argument("--crop", type=_pixels, metavar="N", help="side of a window in pixels (default: 480)")
+    root.add_argument("--crop", type=_pixels, metavar="N", help=f"side of a window in pixels (default: {Options.crop})")
     root.add_argument(
         "--base-size",
         type=_pixels,
@@ -356,10 +175,10 @@ def parser() -> argparse.ArgumentParser:
         help="where evaluation.json and the two figures go "
         "(default: beside the checkpoint, its name ending in .evaluation)",
     )
-    root.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    add_device(root)
     root.add_argument(
         "--batch",
-        type=_pictures,
+        type=at_least_one,
         default=1,
         metavar="N",
         help="most pictures of one size to run together with --protocol whole (default: %(default)s)",
@@ -370,14 +189,10 @@ def parser() -> argparse.ArgumentParser:
         default="fp32",
         help="of the network's arithmetic (default: %(default)s)",
     )
-    root.add_argument("--limit", type=_pictures, default=0, metavar="N", help="score only the first N pictures")
+    root.add_argument(
+        "--limit", type=at_least_one, default=0, metavar="N", help="score only the first N pictures (default: all)"
+    )
     return root
-
-
-def _whole_number(text: str, least: int, unit: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of {unit}, at least {least}, got {text!r}")
-    return int(text)
 
 
 def _identifiers(text: str) -> tuple[str, ...]:
@@ -385,24 +200,9 @@ def _identifiers(text: str) -> tuple[str, ...]:
 
 
 def _pixels(text: str) -> int:
-    return _whole_number(text, 8, "pixels")
-
-
-def _pictures(text: str) -> int:
-    return _whole_number(text, 1, "pictures")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one, else the CPU. Raises EvaluationError for others."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EvaluationError(f"--device {name}: not available here: {reason}") from error
-    return device
+    if not text.isdecimal() or int(text) < LEAST_SIDE:
+        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, at least {LEAST_SIDE}, got {text!r}")
+    return int(text)
 
 
 def print_differing_names(checkpoint: Checkpoint, names: Sequence[str], notes: Console) -> None:
@@ -415,8 +215,45 @@ def print_differing_names(checkpoint: Checkpoint, names: Sequence[str], notes: C
             notes.print(text, markup=False, emoji=False, soft_wrap=True)
 
 
+def write_files(
+    output: Path, document: dict[str, Any], data: SegmentationData, options: Options, evaluation: Evaluation
+) -> list[Path]:
+    """The report as evaluation.json, the contact sheet and the reliability diagram, in a folder; their paths."""
+    written = [output / name for name in ("evaluation.json", "contact_sheet.png", "reliability.png")]
+    name, figures = document["checkpoint"]["name"], document["totals"]
+    place = f"{document['data']['folder']}, {options.split} split"
+    with replacing(written[0]) as file:
+        file.write(json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
+    views = f"{options.protocol}, {options.merge}, scales {', '.join(f'{scale:g}' for scale in options.scales)}"
+    sheet = contact_sheet(
+        evaluation.samples,
+        data.classes,
+        data.palette,
+        f"{name} on {place}",
+        f"mIoU {100 * figures['miou']:.1f} %, pixel accuracy {100 * figures['pixel_accuracy']:.1f} %, presence mAP "
+        f"{100 * figures['presence_map']:.1f} % over {figures['pictures']} pictures ({views}"
+        f"{', mirrored' if options.flip else ''})",
+    )
+    with replacing(written[1]) as file:
+        sheet.save(file, "PNG")
+    from model.reliability import reliability_diagram  # matplotlib, which training does not need
+
+    diagram = reliability_diagram(
+        evaluation.scores,
+        evaluation.present,
+        data.classes,
+        f"Presence of {name} on {place}: mean ECE {100 * figures['presence_ece']:.1f} %",
+    )
+    with replacing(written[2]) as file:
+        diagram.savefig(file, format="png")
+    return written
+
+
 def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None:
-    """Load, evaluate, write the two files, print the tables; `notes` takes progress and remarks."""
+    """Load, evaluate, write the three files, print the tables; `notes` takes progress and remarks.
+
+    Raises EvaluationError, DeviceError, CheckpointError, DataError and OSError.
+    """
     if arguments.protocol == "whole" and (arguments.merge != "softmax" or arguments.crop is not None):
         raise EvaluationError("--merge exp_sum and --crop need --protocol windows")
     device = choose_device(arguments.device)
@@ -424,17 +261,17 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
     data = leave_out(open_dataset(arguments.data, arguments.split, arguments.layout), arguments.without)
     print_differing_names(checkpoint, data.classes, notes)
     options = Options(
-        arguments.split,
-        arguments.scales,
-        arguments.flip,
-        arguments.protocol,
-        arguments.merge,
-        arguments.crop or 480,
-        arguments.base_size or checkpoint.base_size,
-        arguments.limit,
-        arguments.without,
-        arguments.batch,
-        arguments.precision,
+        split=arguments.split,
+        scales=arguments.scales,
+        flip=arguments.flip,
+        protocol=arguments.protocol,
+        merge=arguments.merge,
+        crop=arguments.crop or Options.crop,
+        base_size=arguments.base_size or checkpoint.base_size,
+        limit=arguments.limit,
+        without=arguments.without,
+        batch=arguments.batch,
+        precision=arguments.precision,
     )
     output = arguments.output or arguments.checkpoint.with_suffix(".evaluation")
     check_classes(checkpoint, data)
@@ -448,36 +285,10 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
         evaluation = evaluate(checkpoint, model, data, options, device, lambda: progress.advance(task))
 
     document = report(checkpoint, arguments.checkpoint, data, options, device, evaluation)
-    with replacing(output / "evaluation.json") as file:
-        file.write(json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
-    figures = document["totals"]
-    views = f"{options.protocol}, {options.merge}, scales {', '.join(f'{scale:g}' for scale in options.scales)}"
-    sheet = contact_sheet(
-        evaluation.samples,
-        data.classes,
-        data.palette,
-        f"{checkpoint.name} on {document['data']['folder']}, {options.split} split",
-        f"mIoU {100 * figures['miou']:.1f} %, pixel accuracy {100 * figures['pixel_accuracy']:.1f} %, presence mAP "
-        f"{100 * figures['presence_map']:.1f} % over {figures['pictures']} pictures ({views}"
-        f"{', mirrored' if options.flip else ''})",
-    )
-    with replacing(output / "contact_sheet.png") as file:
-        sheet.save(file, "PNG")
-    from model.reliability import reliability_diagram  # matplotlib, which training does not need
-
-    diagram = reliability_diagram(
-        evaluation.scores,
-        evaluation.present,
-        data.classes,
-        f"Presence of {checkpoint.name} on {document['data']['folder']}, {options.split} split: "
-        f"mean ECE {100 * figures['presence_ece']:.1f} %",
-    )
-    with replacing(output / "reliability.png") as file:
-        diagram.savefig(file, format="png")
+    written = write_files(output, document, data, options, evaluation)
     for table in tables(document):
         console.print(table)
-    names = ("evaluation.json", "contact_sheet.png", "reliability.png")
-    console.print(f"written: {', '.join(str(output / name) for name in names)}", markup=False, soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -485,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         run(arguments, Console(), Console(stderr=True))
-    except (EvaluationError, CheckpointError, DataError, OSError) as error:
+    except (EvaluationError, DeviceError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -8,25 +8,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from model.checkpoint import CheckpointError
+from model.arguments import DeviceError, add_device, choose_device
 from model.cifar import CLASSES, CifarEncNet, load_cifar
 from model.cifar_data import open_cifar
 from model.data import DataError
-from model.evaluate import EvaluationError, choose_device
 from model.train_cifar import predictions
+from model.weights import CheckpointError
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m model.evaluate_cifar",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
-        epilog="example: python -m model.evaluate_cifar runs/cifar/final.pt --data cifar-10-batches-bin",
+        epilog="example:\n  python -m model.evaluate_cifar runs/cifar/final.pt --data cifar-10-batches-bin",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="final.pt or last.pt of a run")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of CIFAR-10")
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (the GPU if there is one), cpu, cuda, ..."
-    )
+    add_device(parser)
     return parser.parse_args(arguments)
 
 
@@ -38,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = choose_device(options.device)
         checkpoint = load_cifar(options.checkpoint)
         _, test = open_cifar(options.data)
-    except (EvaluationError, CheckpointError, DataError, OSError) as error:
+    except (DeviceError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     network = CifarEncNet(checkpoint.variant)

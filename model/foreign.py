@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.resnet import BLOCKS, DEEP_STEM_WIDTHS, BasicBlock, Bottleneck
+from model.wording import listing
 
 PYTORCH_ENCODING = "PyTorch-Encoding"
 MMSEGMENTATION = "mmsegmentation"
@@ -160,6 +161,7 @@ def _conv_norm(theirs: str, conv: str, norm: str, ours: str) -> dict[str, str]:
 
 
 def inverse(table: Mapping[str, str]) -> dict[str, str]:
+    """The table from our prefixes to theirs, or back."""
     return {ours: theirs for theirs, ours in table.items()}
 
 
@@ -270,9 +272,3 @@ def distinct_palette(count: int) -> list[list[int]]:
                 colour[channel] |= (number >> (3 * bit + channel) & 1) << (7 - bit)
         palette.append(colour)
     return palette
-
-
-def listing(items: Iterable[str], most: int = 20) -> str:
-    """Comma-separated, the tail of a long list as a count."""
-    items = list(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -249,7 +249,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     root.add_argument("checkpoint", type=Path, help="a checkpoint that `python -m model.evaluate` reads")
-    root.add_argument("picture", type=Path)
+    root.add_argument("picture", type=Path, help="a picture file of any size")
     root.add_argument(
         "--out",
         type=Path,

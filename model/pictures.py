@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 from model.augment import Augmentation, Draw, Draws, bytes_of, crops, draw_for, pack, stack
 from model.data import SegmentationData
 
-CACHES = ("auto", "device", "host", "off")
 DEVICE_SHARE, HOST_SHARE = 1 / 4, 1 / 3  # of the memory that decoded pictures may take where cache=auto decides
 SAMPLED_PICTURES = 16
 
@@ -39,6 +38,7 @@ class InMemory(SegmentationData):
 
 
 def in_memory(data: SegmentationData) -> InMemory:
+    """The split with every picture read. Raises DataError as `load` does."""
     return InMemory(**vars(data), samples=read_all(data))
 
 
@@ -81,6 +81,7 @@ def places_of(sizes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def collate(samples: Sequence[Sample]) -> Material:
+    """What a batch of crops is made of, from what each of them is."""
     places = places_of([sample.size for sample in samples])
     return Material(torch.cat([sample.packed for sample in samples]), places, stack([s.draw for s in samples]))
 
@@ -88,6 +89,7 @@ def collate(samples: Sequence[Sample]) -> Material:
 class TrainingCrops(Dataset):
     """Crops by (epoch, index), made on `device`: the same key gives the same crop in any run, process and order.
 
+    fill: red, green and blue of what lies outside a picture, 0..255.
     cache: "device" keeps all decoded pictures there, "host" keeps them in the host's memory and sends each batch's,
     "off" has worker processes read each batch's files again; "auto" takes the first of these that has room. Crops are
     the same with each. On a CPU "device" and "host" are one.
@@ -98,7 +100,7 @@ class TrainingCrops(Dataset):
         data: SegmentationData,
         options: Augmentation,
         seed: int,
-        fill: tuple[int, int, int],
+        fill: Sequence[int],
         device: torch.device | str = "cpu",
         cache: str = "auto",
         workers: int = 0,

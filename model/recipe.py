@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.augment import Augmentation
 from model.config import ModelConfig
 from model.fine_tuning import PARTS, part_names
 
@@ -148,7 +149,21 @@ class Recipe:
         if broken:
             raise RecipeError("; ".join(broken))
 
+    def augmentation(self) -> Augmentation:
+        """What is drawn for the training crops."""
+        return Augmentation(
+            crop=self.crop,
+            base_size=self.base_size,
+            scale=(self.scale_min, self.scale_max),
+            mirror=self.mirror,
+            rotation=self.rotation,
+            jitter=self.jitter,
+            gamma=self.gamma,
+            white_balance=self.white_balance,
+        )
+
     def model_config(self, num_classes: int) -> ModelConfig:
+        """The network's configuration for so many classes. Raises RecipeError for options that fit no network."""
         shared = {field.name for field in dataclasses.fields(ModelConfig)} - {"num_classes"}
         try:
             return ModelConfig(num_classes=num_classes, **{key: getattr(self, key) for key in shared})
@@ -210,7 +225,12 @@ def _checked(key: str, value: Any, kind: type) -> Any:
 
 
 def options_table(kind: type = Recipe) -> str:
-    """One line an option: name, default, meaning."""
+    """One line an option: name, default as it would be typed, meaning."""
+
+    def typed(default: Any) -> str:
+        return str(default).lower() if isinstance(default, bool) else str(default)
+
     return "\n".join(
-        f"  {field.name + '=' + str(field.default):<28} {field.metadata['help']}" for field in dataclasses.fields(kind)
+        f"  {field.name + '=' + typed(field.default):<28} {field.metadata['help']}"
+        for field in dataclasses.fields(kind)
     )

@@ -22,6 +22,7 @@ class Stages(NamedTuple):
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """Without bias, and padded so that at stride 1 the size is kept."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
 
 

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -30,19 +30,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from model import evaluate as evaluation
+from model import evaluate as evaluate_command
 from model import sync_batchnorm
 from model.arguments import minutes
-from model.augment import Augmentation, StepSampler
+from model.augment import StepSampler
 from model.backbone_weights import BackboneWeights, read_backbone_weights
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from model.curves import write_curves
-from model.data import DataError, open_dataset, problems, repeats
+from model.data import SPLITS, DataError, open_dataset, problems, repeats
 from model.encnet import EncNet
-from model.evaluate import Evaluation, Options, evaluate
+from model.evaluation import Evaluation, Options, evaluate
 from model.figures import sample_row
 from model.fine_tuning import frozen_parts, hold, parameter_groups
-from model.foreign import listing
 from model.losses import Losses, encnet_loss
 from model.metrics import mean_iou, pixel_accuracy
 from model.pictures import TrainingCrops, in_memory
@@ -50,6 +49,10 @@ from model.predict import normalise
 from model.processes import group_id, init_process_group, restarted
 from model.progress import training_progress
 from model.recipe import Recipe, RecipeError, continued, options_table, read_recipe
+from model.wording import first_line, listing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 BOOKKEEPING = {"cache", "workers", "log_every", "save_every", "evaluate_every"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,6 +71,7 @@ def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def make_optimizer(model: EncNet, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD or AdamW over `parameter_groups`, whose base_rate times `learning_rate_factor` is the rate of a step."""
     groups = parameter_groups(model, recipe.learning_rate, recipe.layer_decay, recipe.head_rate, recipe.unfreeze_every)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
@@ -112,9 +116,7 @@ def validate(run: "Run") -> Evaluation:
     """The weights worth serving on the validation split, whole pictures at a single scale."""
     recipe = run.recipe
     batch, precision = pictures_at_once(recipe, run.processes), "bf16" if recipe.precision != "fp32" else "fp32"
-    options = Options(
-        "val", (1.0,), False, "whole", "softmax", recipe.crop, recipe.base_size, 0, batch=batch, precision=precision
-    )
+    options = Options(split="val", base_size=recipe.base_size, batch=batch, precision=precision)
     run.average.eval()
     try:
         return evaluate(run.checkpoint(), run.average, run.validation, options, run.device)
@@ -143,19 +145,9 @@ class Run:
 
         self.validation = open_dataset(data, "val", recipe.layout)
         train = open_dataset(data, "train", recipe.layout)
-        fill = tuple(round(255 * value) for value in IMAGENET_MEAN)
-        options = Augmentation(
-            recipe.crop,
-            recipe.base_size,
-            (recipe.scale_min, recipe.scale_max),
-            recipe.mirror,
-            recipe.rotation,
-            recipe.jitter,
-            recipe.gamma,
-            recipe.white_balance,
-        )
-        fill_rgb = (fill[0], fill[1], fill[2])
-        self.crops = TrainingCrops(train, options, recipe.seed, fill_rgb, self.device, recipe.cache, recipe.workers)
+        fill = [round(255 * value) for value in IMAGENET_MEAN]
+        augmentation = recipe.augmentation()
+        self.crops = TrainingCrops(train, augmentation, recipe.seed, fill, self.device, recipe.cache, recipe.workers)
         if self.rank == 0 and self.crops.cache != "off":
             self.validation = in_memory(self.validation)
         self.mean, self.std = (torch.tensor(values, device=self.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -189,6 +181,7 @@ class Run:
         torch.manual_seed(recipe.seed + 1 + self.rank)
 
     def parallel(self) -> nn.Module:
+        """The network under DDP; every process must call it."""
         return DistributedDataParallel(
             self.network, device_ids=[self.device.index] if self.device.type == "cuda" else None
         )
@@ -252,7 +245,7 @@ class Run:
         if differing:
             raise RecipeError(f"--initial holds another network: {', '.join(differing)}")
         if self.rank == 0:
-            evaluation.print_differing_names(checkpoint, self.classes, self.console)
+            evaluate_command.print_differing_names(checkpoint, self.classes, self.console)
         self.network.load_state_dict(checkpoint.weights)
         self.average.load_state_dict(checkpoint.weights)
 
@@ -291,9 +284,8 @@ class Run:
             self.optimizer.load_state_dict(training["optimizer"])
             self.scaler.load_state_dict(training["scaler"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
-                f"{self.out / 'last.pt'}: its training state does not fit the run: {reason}"
+                f"{self.out / 'last.pt'}: its training state does not fit the run: {first_line(error)}"
             ) from error
         self.step, self.best = checkpoint.step, training["best"]
         self.curves = training.get("curves", self.curves)
@@ -386,10 +378,45 @@ def is_over(run: Run, until: float) -> bool:
     return over
 
 
+def record_step(run: Run, epoch: int, values: dict[str, float], rate: float, writer: "SummaryWriter") -> None:
+    """Keep what a step's losses were, by their names, and the rate in crops per second; print them off a terminal."""
+    if not run.console.is_terminal:
+        run.console.print(
+            f"epoch {epoch}/{run.recipe.epochs} step {run.step}/{run.steps} loss {values['total']:.4f} "
+            f"{rate:.1f} crops/s",
+            highlight=False,
+        )
+    for key, value in values.items():
+        writer.add_scalar(f"loss/{key}", value, run.step)
+    writer.add_scalar("learning_rate", run.optimizer.param_groups[0]["lr"], run.step)
+    writer.add_scalar("crops_per_second", rate, run.step)
+    run.curves["training"].append({"step": run.step, **values, "crops_per_second": rate})
+
+
+def record_validation(run: Run, epoch: int, writer: "SummaryWriter") -> None:
+    """Validate, keep the figures and a few pictures, and write best.pt where mIoU and accuracy are the best yet."""
+    result = validate(run)
+    miou, accuracy = mean_iou(result.counts), pixel_accuracy(result.counts)
+    run.console.print(
+        f"epoch {epoch}: validation mIoU {100 * miou:.2f}, pixel accuracy {100 * accuracy:.2f}", highlight=False
+    )
+    writer.add_scalar("validation/mIoU", miou, run.step)
+    writer.add_scalar("validation/pixel_accuracy", accuracy, run.step)
+    run.curves["validation"].append({"step": run.step, "miou": miou, "pixel_accuracy": accuracy})
+    write_curves(run.out, run.recipe.name, run.curves)
+    for sample in result.samples[:SAMPLE_PICTURES]:
+        row = sample_row(sample.image, sample.truth, sample.mask, run.palette)
+        writer.add_image(f"validation/{sample.name}", row, run.step, dataformats="HWC")
+    if (miou + accuracy) / 2 > run.best:
+        run.best = (miou + accuracy) / 2
+        save_checkpoint(run.out / "best.pt", run.checkpoint())
+
+
 def train(run: Run, until: float = math.inf) -> bool:
     """From where the run stands to its end, saving, logging and evaluating on the way; whether the end was reached.
 
     until: a time of `time.monotonic()` at which to save and stop, looked at every `log_every` steps.
+    Raises RecipeError where the loss or a weight becomes NaN or infinite.
     """
     recipe, first = run.recipe, run.rank == 0
     sampler = StepSampler(
@@ -407,44 +434,17 @@ def train(run: Run, until: float = math.inf) -> bool:
         for images, masks in run.crops.batches(sampler):
             losses = run.train_step(images, masks)
             epoch = -(-run.step // run.steps_per_epoch)
-            if run.step % recipe.log_every == 0 and first:
+            if writer and run.step % recipe.log_every == 0:
                 values = dict(zip(losses._fields, torch.stack(losses).tolist(), strict=True))  # waits for a GPU
                 rate = (run.step - since_step) * recipe.batch / (time.monotonic() - since)
                 since, since_step = time.monotonic(), run.step
                 run.check_finite(losses)
                 progress.update(bar, completed=run.step, epoch=epoch, loss=values["total"], rate=rate)
-                if not run.console.is_terminal:
-                    run.console.print(
-                        f"epoch {epoch}/{recipe.epochs} step {run.step}/{run.steps} loss {values['total']:.4f} "
-                        f"{rate:.1f} crops/s",
-                        highlight=False,
-                    )
-                assert writer is not None
-                for key, value in values.items():
-                    writer.add_scalar(f"loss/{key}", value, run.step)
-                writer.add_scalar("learning_rate", run.optimizer.param_groups[0]["lr"], run.step)
-                writer.add_scalar("crops_per_second", rate, run.step)
-                run.curves["training"].append({"step": run.step, **values, "crops_per_second": rate})
+                record_step(run, epoch, values, rate, writer)
             at_epoch_end = run.step % run.steps_per_epoch == 0
-            if at_epoch_end and (epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs) and first:
-                assert writer is not None
+            if writer and at_epoch_end and (epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs):
                 run.check_finite(losses)
-                result = validate(run)
-                miou, accuracy = mean_iou(result.counts), pixel_accuracy(result.counts)
-                run.console.print(
-                    f"epoch {epoch}: validation mIoU {100 * miou:.2f}, pixel accuracy {100 * accuracy:.2f}",
-                    highlight=False,
-                )
-                writer.add_scalar("validation/mIoU", miou, run.step)
-                writer.add_scalar("validation/pixel_accuracy", accuracy, run.step)
-                run.curves["validation"].append({"step": run.step, "miou": miou, "pixel_accuracy": accuracy})
-                write_curves(run.out, recipe.name, run.curves)
-                for sample in result.samples[:SAMPLE_PICTURES]:
-                    row = sample_row(sample.image, sample.truth, sample.mask, run.palette)
-                    writer.add_image(f"validation/{sample.name}", row, run.step, dataformats="HWC")
-                if (miou + accuracy) / 2 > run.best:
-                    run.best = (miou + accuracy) / 2
-                    save_checkpoint(run.out / "best.pt", run.checkpoint())
+                record_validation(run, epoch, writer)
                 since, since_step = time.monotonic(), run.step
             stopping = run.step < run.steps and run.step % recipe.log_every == 0 and is_over(run, until)
             if run.step % recipe.save_every == 0 or run.step == run.steps or stopping:
@@ -452,8 +452,7 @@ def train(run: Run, until: float = math.inf) -> bool:
                 run.save()
             if stopping:
                 break
-    if first:
-        assert writer is not None
+    if writer:
         writer.close()
     if run.step < run.steps:
         if first:
@@ -471,8 +470,8 @@ def report(run: Run, data: Path) -> None:
     batch = pictures_at_once(run.recipe, run.processes)
     words = ["--split", "val", "--device", str(run.device), "--batch", str(batch), "--precision", precision]
     words += ["--layout", run.recipe.layout] if run.recipe.layout else []
-    arguments = evaluation.parser().parse_args([str(run.out / "final.pt"), "--data", str(data), *words])
-    evaluation.run(arguments, run.console, run.console)
+    arguments = evaluate_command.parser().parse_args([str(run.out / "final.pt"), "--data", str(data), *words])
+    evaluate_command.run(arguments, run.console, run.console)
 
 
 def check_data(root: Path, console: Console, layout: str) -> int:
@@ -481,7 +480,7 @@ def check_data(root: Path, console: Console, layout: str) -> int:
     The train and val splits must exist; test may be absent. A picture that is in two splits is told, and not broken.
     """
     broken, splits = 0, []
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         try:
             data = open_dataset(root, split, layout)
         except DataError as error:
@@ -537,7 +536,23 @@ def stored_recipe(last: Path, checkpoint: Checkpoint, given: dict[str, Any]) -> 
     return continued(Recipe, checkpoint.training["recipe"], given, BOOKKEEPING)
 
 
+def check_start(options: argparse.Namespace, last: Path) -> None:
+    """Raise RecipeError where --resume and what a run starts from exclude each other, or do not fit the folder."""
+    if last.exists() and not options.resume:
+        raise RecipeError(f"{options.out} already holds a run; add --resume, or choose another folder")
+    if options.resume and not last.exists():
+        raise RecipeError(f"{last}: nothing to resume from")
+    if options.initial and options.resume:
+        raise RecipeError("--resume continues a run and --initial starts one; give one of them")
+    if options.backbone_weights and (options.resume or options.initial):
+        other = "--resume" if options.resume else "--initial"
+        raise RecipeError(f"{other} brings a backbone of its own, and --backbone-weights another; give one of them")
+
+
 def main(arguments: list[str] | None = None) -> int:
+    """0; 1 where --check-data found something wrong; 2 after a sentence on standard error for a mistake in options,
+    data or checkpoint.
+    """
     started = time.monotonic()
     options = parse(arguments)
     console = Console(soft_wrap=True, markup=False, emoji=False)
@@ -552,15 +567,7 @@ def main(arguments: list[str] | None = None) -> int:
         last = options.out / "last.pt"
         if last.exists() and group_id() and restarted((load_checkpoint(last).training or {}).get("group", "")):
             options.resume, options.initial, options.backbone_weights = True, None, None
-        if last.exists() and not options.resume:
-            raise RecipeError(f"{options.out} already holds a run; add --resume, or choose another folder")
-        if options.resume and not last.exists():
-            raise RecipeError(f"{last}: nothing to resume from")
-        if options.initial and options.resume:
-            raise RecipeError("--resume continues a run and --initial starts one; give one of them")
-        if options.backbone_weights and (options.resume or options.initial):
-            other = "--resume" if options.resume else "--initial"
-            raise RecipeError(f"{other} brings a backbone of its own, and --backbone-weights another; give one of them")
+        check_start(options, last)
         saved = load_checkpoint(last) if options.resume else None
         initial = load_checkpoint(options.initial) if options.initial else None
         recipe = stored_recipe(last, saved, given) if saved else Recipe(**given)

@@ -19,16 +19,16 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.arguments import DeviceError, add_device, choose_device
 from model.augment import StepSampler
-from model.checkpoint import CheckpointError
 from model.cifar import CifarCheckpoint, CifarEncNet, load_cifar, save_cifar
 from model.cifar_data import MEAN, STD, Pictures, crops, open_cifar
 from model.data import DataError
-from model.evaluate import EvaluationError, choose_device
 from model.pictures import send
 from model.predict import normalise
 from model.progress import training_progress
 from model.recipe import RecipeError, continued, option, options_table, read_recipe
+from model.weights import CheckpointError
 
 BOOKKEEPING = {"log_every", "save_every", "evaluate_every"}
 EVALUATION_BATCH = 500
@@ -114,10 +114,12 @@ class CifarRun:
         torch.manual_seed(recipe.seed + 1)
 
     def checkpoint(self, training: dict[str, Any] | None = None) -> CifarCheckpoint:
+        """The weights as they are, on the CPU."""
         weights = {key: value.contiguous().cpu().clone() for key, value in self.network.state_dict().items()}
         return CifarCheckpoint(self.recipe.variant, weights, self.step, training)
 
     def save(self, path: Path) -> None:
+        """Write the weights and everything `restore` needs, atomically."""
         random = [torch.get_rng_state()]
         if self.device.type == "cuda":
             random.append(torch.cuda.get_rng_state(self.device))
@@ -129,6 +131,7 @@ class CifarRun:
         save_cifar(path, self.checkpoint(training))
 
     def restore(self, checkpoint: CifarCheckpoint) -> None:
+        """Go on where another process saved."""
         assert checkpoint.training is not None
         self.network.load_state_dict(checkpoint.weights)
         self.optimizer.load_state_dict(checkpoint.training["optimizer"])
@@ -216,9 +219,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run (made if absent)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe file (TOML)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it was saved")
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (the GPU if there is one), cpu, cuda, ..."
-    )
+    add_device(parser)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -251,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
             run.restore(saved)
         options.out.mkdir(parents=True, exist_ok=True)
         train(run, options.out, console)
-    except (RecipeError, DataError, CheckpointError, EvaluationError, OSError) as error:
+    except (RecipeError, DataError, CheckpointError, DeviceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -27,7 +27,9 @@ from service import batch
 from service.cluster import ClusterError, Layout, for_worker
 from service.engine import Engine, ModelError
 from service.errors import InputError
+from service.folders import printable
 from service.options import Options
+from service.record import Entry, Record
 from service.settings import EMBEDDED_MODEL, Settings
 
 SHARD = 16  # pictures that a worker is given at a time: what a killed run has to do again, for each worker
@@ -36,8 +38,8 @@ WAVE = 100_000  # pictures that Ray Data is told of at a time: what it holds of 
 
 
 def segment_pictures(
-    jobs: Sequence[batch.Job], run: batch.Run, record: batch.Record, layout: Layout
-) -> Iterator[tuple[batch.Job, batch.Entry | InputError]]:
+    jobs: Sequence[batch.Job], run: batch.Run, record: Record, layout: Layout
+) -> Iterator[tuple[batch.Job, Entry | InputError]]:
     """As batch.segment_pictures, on the cluster that this process is connected to, in any order.
 
     Raises OSError where a worker cannot write to the output folder, and ClusterError where the workers do not start.
@@ -48,8 +50,8 @@ def segment_pictures(
 
 
 def _segment_wave(
-    jobs: Sequence[batch.Job], run: batch.Run, record: batch.Record, layout: Layout
-) -> Iterator[tuple[batch.Job, batch.Entry | InputError]]:
+    jobs: Sequence[batch.Job], run: batch.Run, record: Record, layout: Layout
+) -> Iterator[tuple[batch.Job, Entry | InputError]]:
     earlier = {job.source: record.take_back(job.source) for job in jobs}
     left = dict(enumerate(jobs))
     for shard in (SHARD, 1):
@@ -62,7 +64,7 @@ def _segment_wave(
             if "code" in outcome:
                 yield job, InputError(outcome["code"], outcome["message"])
             else:
-                entry = {**outcome, "file": batch.printable(str(job.file))}
+                entry = {**outcome, "file": printable(str(job.file))}
                 record.replace(earlier[job.source], entry)
                 yield job, entry
     for job in left.values():

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from rich.table import Table
 
-from service.batch import find_pictures
+from service.folders import find_pictures
 
 PERCENTILES = (50, 90, 99)
 SYNTHETIC_SIZE = (640, 480)

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from service.batch import Found, entry_error, is_picture_name
+from service.errors import first_line
+from service.folders import Found, entry_error, is_picture_name
 
 
 class State(NamedTuple):
@@ -64,15 +65,16 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def find_in_buckets(urls: Sequence[str], recursive: bool) -> tuple[list[Found], list[dict[str, str]]]:
-    """As batch.find_pictures, for URLs of folders and of files."""
+    """As folders.find_pictures, for URLs of folders and of files."""
     found: dict[str, Found] = {}
     errors = []
     for url in urls:
         try:
             inside = list(_pictures_at(url, recursive))
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            errors.append(entry_error(_without_keys(url), "unreadable", f"the bucket cannot be read: {reason}"))
+            errors.append(
+                entry_error(_without_keys(url), "unreadable", f"the bucket cannot be read: {first_line(error)}")
+            )
             continue
         if not inside:
             hint = "" if recursive else "; --recursive looks in its subfolders too"

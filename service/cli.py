@@ -17,8 +17,11 @@ from pydantic import ValidationError
 from service import batch, bench, warm
 from service.engine import Engine, ModelError
 from service.errors import InputError
+from service.files import whole
+from service.folders import entry_error, find_pictures
 from service.models import Models
 from service.options import Options, option_pairs, parse_options
+from service.record import Entry, OutputBusy, Record, open_record
 from service.settings import Settings, settings_table
 
 if TYPE_CHECKING:
@@ -245,7 +248,7 @@ def segment(
     """
     settings = _settings(model=model, device=device, threads=threads)
     options = _options(settings, scales=scales, flip=flip, max_side=max_side, window=window, stride=stride)
-    segment_pictures: Callable[..., Iterator[tuple[batch.Job, batch.Entry | InputError]]] = batch.segment_pictures
+    segment_pictures: Callable[..., Iterator[tuple[batch.Job, Entry | InputError]]] = batch.segment_pictures
     if cluster:
         segment_pictures = partial(_segment_on_cluster, address=address, layout=_layout(cpus=cpus, gpus=gpus))
     elif address or gpus or cpus != 1:
@@ -253,7 +256,7 @@ def segment(
     urls = [image for image in images if "://" in image]
     if urls and not cluster:
         _fail(f"{urls[0]} is in a bucket, which takes --cluster to be read", code=2)
-    pictures, errors = batch.find_pictures([Path(image) for image in images if image not in urls], recursive)
+    pictures, errors = find_pictures([Path(image) for image in images if image not in urls], recursive)
     if urls:
         in_buckets, more_errors = _needs_ray("bucket").find_in_buckets(urls, recursive)
         pictures, errors = pictures + in_buckets, errors + more_errors
@@ -265,16 +268,16 @@ def segment(
     run = batch.Run(_load(settings), settings, options, overlay)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container's first process would not be ended by it
     try:
-        with batch.open_record(output) as record:
+        with open_record(output) as record:
             jobs = batch.plan(pictures, record)
-            todo = [job for job in jobs if overwrite or not record.is_current(job, run)]
+            todo = [job for job in jobs if overwrite or not batch.is_current(job, run, record)]
             if len(todo) < len(jobs):
                 kept = f"{len(jobs) - len(todo)} of {len(jobs)} pictures were done before"
                 typer.echo(f"{kept}; --overwrite segments them again", err=True)
             outcomes = segment_pictures(todo, run, record)
             errors += _tell_outcomes(outcomes, len(jobs) - len(todo), len(jobs), output)
             others = batch.write_tables(jobs, run, record, errors)
-    except batch.OutputBusy as error:
+    except OutputBusy as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"cannot write to {output}: {error.strerror or error}")
@@ -291,7 +294,7 @@ def segment(
 
 
 def _tell_outcomes(
-    outcomes: Iterable[tuple[batch.Job, batch.Entry | InputError]], done: int, total: int, output: Path
+    outcomes: Iterable[tuple[batch.Job, Entry | InputError]], done: int, total: int, output: Path
 ) -> list[dict[str, str]]:
     """Let each picture be segmented, telling of it and of the progress; returns the errors."""
     errors = []
@@ -299,7 +302,7 @@ def _tell_outcomes(
         bar = progress.add_task("segmenting", total=total, completed=done)
         for job, outcome in outcomes:
             if isinstance(outcome, InputError):
-                errors.append(batch.entry_error(job.file, outcome.code, outcome.message))
+                errors.append(entry_error(job.file, outcome.code, outcome.message))
                 _report(errors[-1])
             else:
                 present = ", ".join(row["class"] for row in outcome["presence"] if row["present"])
@@ -309,8 +312,8 @@ def _tell_outcomes(
 
 
 def _segment_on_cluster(
-    jobs: Sequence[batch.Job], run: batch.Run, record: batch.Record, address: str | None, layout: Any
-) -> Iterator[tuple[batch.Job, batch.Entry | InputError]]:
+    jobs: Sequence[batch.Job], run: batch.Run, record: Record, address: str | None, layout: Any
+) -> Iterator[tuple[batch.Job, Entry | InputError]]:
     """As batch.segment_pictures; what is wrong with the cluster is told in a sentence."""
     cluster, batch_cluster = _needs_ray("cluster"), _needs_ray("batch_cluster")
     if not jobs:
@@ -496,7 +499,7 @@ def _options(settings: Settings, **given: str | int | None) -> Options:
 
 def _write(path: Path, text: str) -> None:
     try:
-        with batch.whole(path) as file:
+        with whole(path) as file:
             file.write(text.encode())
     except OSError as error:
         _fail(f"cannot write {path}: {error.strerror or error}")
@@ -558,5 +561,4 @@ def _banner(settings: Settings, engines: Sequence[Engine], replicas: str = "") -
 def _replicas_text(running: int, layout: Any) -> str:
     most = layout.max_replicas or "as many as there is room for"
     by_load = "" if most == layout.min_replicas else f" now, from {layout.min_replicas} to {most} by the load"
-    takes = " and ".join(f"{amount:g} {name}" for name, amount in layout.resources.items())
-    return f"{running}{by_load}, each with {takes}"
+    return f"{running}{by_load}, each with {layout.takes}"

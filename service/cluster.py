@@ -33,6 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import allocator, logs
 from service.app import create_app
+from service.errors import first_line
 from service.models import Models
 from service.settings import EMBEDDED_MODEL, Settings
 
@@ -91,6 +92,11 @@ class Layout(BaseModel):
         """What one replica takes, in Ray's names."""
         return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
 
+    @property
+    def takes(self) -> str:
+        """What one replica takes, for people: "1 CPU and 0.5 GPU"."""
+        return " and ".join(f"{amount:g} {name}" for name, amount in self.resources.items())
+
     def fits(self, room: dict[str, float]) -> int:
         """For how many replicas there is room."""
         return int(min(room.get(name, 0.0) / amount for name, amount in self.resources.items()))
@@ -99,9 +105,10 @@ class Layout(BaseModel):
 def check_room(layout: Layout, has: dict[str, float]) -> None:
     """Raises ClusterError where there is no room for the fewest replicas."""
     if layout.fits(has) < layout.min_replicas:
-        takes = " and ".join(f"{amount:g} {name}" for name, amount in layout.resources.items())
         found = f"{has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU"
-        raise ClusterError(f"there is no room here for {layout.min_replicas} x {takes}: this machine has {found}")
+        raise ClusterError(
+            f"there is no room here for {layout.min_replicas} x {layout.takes}: this machine has {found}"
+        )
 
 
 def for_worker(settings: Settings, layout: Layout) -> Settings:
@@ -248,7 +255,7 @@ def connected(address: str | None, layout: Layout | None = None) -> Iterator[Non
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **mine)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = f"at {address}" if address else "on this machine"
-        raise ClusterError(f"there is no Ray cluster to be had {where}: {_first_line(error)}") from None
+        raise ClusterError(f"there is no Ray cluster to be had {where}: {_said(error)}") from None
     try:
         if not address and layout:
             check_room(layout, ray.cluster_resources())
@@ -286,7 +293,7 @@ def deploy(settings: Settings, layout: Layout, tell: Callable[[str], None]) -> i
                 tell(told := reason)
             time.sleep(_POLL_SECONDS)
     except (RayError, RayServeException, TimeoutError) as error:
-        raise ClusterError(f"the service cannot be deployed: {_first_line(error)}") from None
+        raise ClusterError(f"the service cannot be deployed: {_said(error)}") from None
     return _running(state)
 
 
@@ -375,9 +382,8 @@ def _running(state: ApplicationStatusOverview) -> int:
     return deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
 
 
-def _first_line(error: Exception) -> str:
-    error = getattr(error, "cause", None) or error  # what happened in another process has a traceback before it
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _said(error: Exception) -> str:
+    return first_line(getattr(error, "cause", None) or error)  # what happened in another process has a traceback before
 
 
 def _last_line(text: str) -> str:

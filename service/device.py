@@ -88,7 +88,7 @@ class Device:
         self.state: State = "starting"
         self.reason = ""
         self.engine: Engine | None = None
-        self.on_run: Callable[[int, float], None] = lambda batch, seconds: None
+        self.on_run: Callable[[int], None] = lambda batch: None  # is told how many jobs a run had
         self._load = load
         self._max_batch = max_batch
         self._hang_seconds = hang_seconds
@@ -268,7 +268,7 @@ class Device:
             if not self._given_up():
                 self._restarts = 0
             self.cost_model.observe(_total(jobs), seconds)
-        self.on_run(len(jobs), seconds)
+        self.on_run(len(jobs))
         for job, answer in zip(jobs, answers, strict=True):
             job.done.set_result((answer, run.started - job.queued))
 

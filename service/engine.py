@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt, Validation
 
 from service import kernels
 from service.cost import Work, window_starts, work_of
+from service.errors import first_line
 
 HOW_TO_EXPORT = "`python -m export CHECKPOINT --output FILE.onnx` makes a file that can be served"
 
@@ -395,8 +396,7 @@ def _open_session(model: Path, providers: list[Any], threads: int) -> ort.Infere
     try:
         return ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"ONNX Runtime cannot load {model}: {reason}") from error
+        raise ModelError(f"ONNX Runtime cannot load {model}: {first_line(error)}") from error
 
 
 def _check_graph(session: ort.InferenceSession, file: Path, classes: int, mask_type: str) -> None:

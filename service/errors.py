@@ -73,3 +73,8 @@ class Refusal(ServiceError):
 
 class Departed(Exception):
     """The caller has left: the work is dropped, and there is nobody to answer."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or the name of its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from service.errors import first_line
+
 LIBRARY = Path(__file__).parents[1] / "build" / "kernels" / "libencnet_ort.so"
 CUDA_LIBRARY = LIBRARY.with_name("libencnet_ort_cuda.so")
 
@@ -30,7 +32,8 @@ def register(options: ort.SessionOptions, cuda: bool = False) -> bool:
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        _log.warning("the compiled Encoding kernel does not load, the model's own function is used: %s", reason)
+        _log.warning(
+            "the compiled Encoding kernel does not load, the model's own function is used: %s", first_line(error)
+        )
         return False
     return True

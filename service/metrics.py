@@ -62,7 +62,7 @@ class Metrics:
 
     def watch(self, name: str, pipeline: Pipeline) -> None:
         """Count the runs of a model's device and what its answers find, every class from 0 on."""
-        pipeline.device.on_run = lambda batch, seconds: self.batches.labels(name).observe(batch)
+        pipeline.device.on_run = lambda batch: self.batches.labels(name).observe(batch)
         classes, threshold = pipeline.engine.metadata.classes, pipeline.settings.threshold
 
         def count(segmentation: Segmentation) -> None:  # without the pipeline, which would keep itself alive by it

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from typing import Any
+from collections.abc import Mapping
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -136,7 +136,7 @@ class RequestContext:
 
 
 def fault_response(
-    request: Request, status: int, code: str, message: str, headers: dict[str, str] | Any = None
+    request: Request, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> Response:
     """The body of every error; under /v2 that of the Open Inference Protocol, {"error": message}."""
     request.state.reason = code

@@ -12,6 +12,8 @@ Strides = tuple[int, int, int]
 
 
 class Sizes(Structure):
+    """encnet_sizes of encoding.h."""
+
     _fields_ = (
         ("batch", c_int64),
         ("channels", c_int64),
@@ -22,6 +24,8 @@ class Sizes(Structure):
 
 
 class Features(Structure):
+    """encnet_features of encoding.h."""
+
     _fields_ = (
         ("data", c_void_p),
         ("batch_stride", c_int64),

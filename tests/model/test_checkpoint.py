@@ -18,11 +18,11 @@ from model.checkpoint import (
     CheckpointError,
     build_model,
     load_checkpoint,
-    read_pickle,
     save_checkpoint,
 )
 from model.config import ModelConfig
 from model.encnet import EncNet
+from model.weights import read_pickle
 
 CONFIG = ModelConfig(num_classes=2, backbone="resnet18", channels=8, codewords=3, auxiliary=False)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model import evaluate
+from model import evaluate, evaluation
 from model.calibration import Calibration
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.config import ModelConfig
@@ -162,7 +162,7 @@ def test_few_pictures_wait_for_others_of_their_size():
             return numpy.zeros((*size, 3), numpy.uint8), numpy.zeros(size, numpy.uint8)
 
     loaded, given = [], []
-    for group in evaluate._batches(Data(), 60, 4):
+    for group in evaluation._batches(Data(), 60, 4):
         assert len({truth.shape for _, _, truth in group}) == 1 and len(group) <= 4
         assert len(loaded) - len(given) <= 4 * 4 + 1
         given += [index for index, _, _ in group]

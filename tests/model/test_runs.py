@@ -8,7 +8,7 @@ import time
 import pytest
 
 from benchmarks import ablation, gpu_train, reference_positions, runs, trials
-from benchmarks.commit import commit
+from benchmarks.command import commit
 from benchmarks.split_weights import join
 from model import evaluate, train
 from model.checkpoint import load_checkpoint

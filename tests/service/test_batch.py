@@ -18,9 +18,11 @@ from tiny_model import CLASSES, encoded
 from typer.testing import CliRunner, Result
 
 import service
-from service.batch import Found, find_pictures, open_record, output_names, whole
 from service.cli import cli
 from service.engine import Engine
+from service.files import whole
+from service.folders import Found, find_pictures, output_names
+from service.record import open_record
 
 ROOT = Path(service.__file__).parents[1]
 MODEL_VARIABLES = ("ENCNET_MODEL", "ENCNET_DEVICE", "ENCNET_THREADS")

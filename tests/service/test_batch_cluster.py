@@ -27,7 +27,9 @@ import service
 from service import batch
 from service.engine import Engine
 from service.errors import InputError
+from service.folders import Found, find_pictures
 from service.options import Options
+from service.record import open_record
 from service.settings import Settings
 
 with warnings.catch_warnings():
@@ -168,8 +170,8 @@ def segment_twenty(photos: Path, output: Path, model: Path) -> tuple[list[str], 
     batch_cluster.WAVE = 18
     settings = Settings(model=model, device="cpu", threads=1)
     run = batch.Run(Engine(model, "cpu", 1), settings, Options(), overlay=False)
-    found = [batch.Found(photos / f"{index:03}.png") for index in range(20)]
-    with batch.open_record(output) as kept:
+    found = [Found(photos / f"{index:03}.png") for index in range(20)]
+    with open_record(output) as kept:
         outcomes = list(batch_cluster.segment_pictures(batch.plan(found, kept), run, kept, Layout()))
     faults = {job.file.name: one.code for job, one in outcomes if isinstance(one, InputError)}
     return [job.source for job, _ in outcomes], faults
@@ -223,7 +225,7 @@ def test_pictures_in_buckets_are_found_like_those_in_folders(tmp_path: Path) -> 
         (tmp_path / name).write_bytes(b"picture")
     url = f"file://{tmp_path}"
     for recursive in (False, True):
-        here, _ = batch.find_pictures([tmp_path], recursive)
+        here, _ = find_pictures([tmp_path], recursive)
         there, errors = find_in_buckets([url, url, f"{url}/a.png"], recursive)
         assert errors == []
         assert [(str(one.file), one.below) for one in there] == [(f"file://{one.file}", one.below) for one in here]

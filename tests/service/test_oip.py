@@ -28,7 +28,7 @@ from starlette.testclient import TestClient
 from tiny_model import CLASSES, METADATA, encoded, tiny_model
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from service import oip
+from service import oip_infer
 from service.app import create_app
 from service.engine import Engine
 from service.models import Models
@@ -499,7 +499,7 @@ def test_inputs_missing_and_unknown(call: Call, batch: np.ndarray) -> None:
 
 
 def test_json_outputs_are_bounded(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oip, "MAX_JSON_ELEMENTS", 60_000)
+    monkeypatch.setattr(oip_infer, "MAX_JSON_ELEMENTS", 60_000)
     image = tensor("image", np.zeros((1, 200, 300, 3), np.uint8))
     with pytest.raises(InferenceServerException, match=r"probabilities has 240000 elements.*binary_data true"):
         call("infer", "tiny", [image], outputs=[asked("probabilities", False)])
@@ -509,7 +509,7 @@ def test_json_outputs_are_bounded(call: Call, monkeypatch: pytest.MonkeyPatch) -
 def test_json_outputs_that_are_too_large_are_told_before_a_run(
     client_with: Callable[..., TestClient], batch: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(oip, "MAX_JSON_ELEMENTS", 33 * 47 - 1)
+    monkeypatch.setattr(oip_infer, "MAX_JSON_ELEMENTS", 33 * 47 - 1)
     client = client_with()
     models = client.app.state.models
     runs: list[Any] = []

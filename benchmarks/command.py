@@ -1,0 +1,64 @@
+"""What the commands here share: how their options are read, where results lie, and the facts beside every figure."""
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+STREET = ROOT / "examples" / "street.jpg"
+
+
+def option_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """For `python -m benchmarks.NAME`, whose --help shows the description as it is."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    """The option --output: a JSON file for the figures, by default of this name among the results."""
+    text = f"file for the figures (default: benchmarks/results/{name})"
+    parser.add_argument("--output", type=Path, default=RESULTS / name, metavar="FILE.json", help=text)
+
+
+def commit() -> str:
+    """The commit that is checked out; empty where there is no git or no repository, as in a copy of the files."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def hardware() -> str:
+    """Such as "2 CPU cores, x86_64"."""
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+def processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else "unknown"
+
+
+def facts(command: str) -> dict[str, Any]:
+    """What made a result of the service: command, commit, machine, versions."""
+    import onnxruntime  # here, as benchmarks of training do without it
+
+    return {
+        "command": command,
+        "commit": commit(),
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+    }
