@@ -86,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all runs")
     parser.add_argument("--base", default="", metavar='"key=value ..."', help="options for every run, as epochs=16")
     parser.add_argument("--seeds", type=at_least_one, default=1, metavar="N", help="of each trial (default: 1)")
-    parser.add_argument("--minutes", type=minutes, default=math.inf, metavar="N", help="stop after so long (default: never)")
+    text = "stop after so long (default: never)"
+    parser.add_argument("--minutes", type=minutes, default=math.inf, metavar="N", help=text)
     options = parser.parse_intermixed_args(arguments)
     until, console = time.monotonic() + 60 * options.minutes, Console()
     try:
