@@ -130,14 +130,14 @@ def test_prometheus_finds_the_service_and_fills_every_panel(
     api = f"{up('prometheus')['PROMETHEUS_PORT']}/api/v1"
 
     def ask(query: str) -> list[dict]:
-        answer = httpx.get(f"{api}/query", params={"query": query}, timeout=20).json()
+        answer = httpx.get(f"{api}/query", params={"query": query}, timeout=20).raise_for_status().json()
         assert answer["status"] == "success", answer
         return answer["data"]["result"]
 
     def scraped() -> bool:
         try:
             return bool(ask('up{job="encnet"} == 1'))
-        except httpx.TransportError:
+        except httpx.HTTPError:  # it is not there yet, or starts and says 503
             return False
 
     until(scraped)

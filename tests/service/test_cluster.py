@@ -43,7 +43,7 @@ from ray.serve.schema import ReplicaState
 from service.cluster import NAME, ClusterError, Layout, Replica, _deployed, application, check_room, for_worker
 
 ROOT = Path(service.__file__).parents[1]
-WAIT = 90
+WAIT = 240
 
 
 def command(*arguments: object) -> list[str]:
