@@ -58,7 +58,7 @@ def address(served_file: Path, model_file: Path) -> Iterator[str]:
     )
     models = Models(settings)
     models.start()
-    server = uvicorn.Server(uvicorn.Config(create_app(models=models), log_config=None, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(create_app(models=models), http="h11", log_config=None, lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
@@ -585,6 +585,16 @@ def test_bodies_beyond_the_limit_are_413(address: str) -> None:
         assert "bytes allowed" in response.json()["error"]
     response = httpx.post(f"http://{address}/v2/logging", content=bytes(100_000))
     assert response.status_code == 413
+
+
+def test_pixels_may_have_more_bytes_than_a_file(client_with: Callable[..., TestClient]) -> None:
+    client = client_with(max_bytes=1_000, max_pixels=100_000)
+    name = client.app.state.models.default
+    image = tensor("image", np.zeros((1, 100, 300, 3), np.uint8))
+    body, length = triton.InferenceServerClient.generate_request_body([image])
+    assert len(body) > 64 * 1024 + 1_000
+    headers = {"Inference-Header-Content-Length": str(length)}
+    assert client.post(f"/v2/models/{name}/infer", content=body, headers=headers).status_code == 200
 
 
 def test_other_encodings_are_415(address: str) -> None:
