@@ -116,7 +116,7 @@ def tables(document: dict[str, Any]) -> tuple[Table, Table]:
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="python -m model.evaluate",
-        description="Score a checkpoint on a data set: mIoU, pixel accuracy, and per class IoU, accuracy, average "
+        description="Score a checkpoint on a data set: mIoU, pixel accuracy, and per class IoU, accuracy, average\n"
         "precision, F1 and expected calibration error of presence.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
