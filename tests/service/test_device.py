@@ -102,6 +102,14 @@ def submit(
     return job.done
 
 
+def held(served: Device, engine: Moody) -> "Future[Any]":
+    """A picture whose run has begun, and goes on until the engine's `go_on` is set."""
+    engine.go_on.clear()
+    picture = submit(served)
+    assert engine.entered.wait(WAIT)
+    return picture
+
+
 def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT
     while not condition():
@@ -132,9 +140,7 @@ def test_a_run_is_measured_and_a_wait_too(device: Callable[..., Device], engines
     served = device()
     work = engines[0].work(8, 8, engines[0].plan())
     assert served.cost_model.predict(work) < 0.03
-    engines[0].go_on.clear()
-    running = submit(served)
-    assert engines[0].entered.wait(WAIT)
+    running = held(served, engines[0])
     waiting = submit(served)
     time.sleep(0.1)
     engines[0].go_on.set()
@@ -156,9 +162,7 @@ def test_a_failing_picture_fails_alone(device: Callable[..., Device], engines: l
 
 def test_in_a_shared_run_only_the_picture_at_fault_fails(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device(max_batch=4)
-    engines[0].go_on.clear()
-    first = submit(served)
-    assert engines[0].entered.wait(WAIT)
+    first = held(served, engines[0])
     others = [submit(served) for _ in range(3)]
     # The run under way ends well; then the shared one fails, and of its pictures, each by itself, the first.
     engines[0].failures = [None, RuntimeError("together"), RuntimeError("alone")]
@@ -173,9 +177,7 @@ def test_a_device_that_dies_over_a_shared_run_fails_all_that_is_left_of_it(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:
     served = device(max_batch=4)
-    engines[0].go_on.clear()
-    submit(served)
-    assert engines[0].entered.wait(WAIT)
+    held(served, engines[0])
     others = [submit(served) for _ in range(3)]
     engines[0].failures = [None, RuntimeError("together"), None, SystemExit()]
     engines[0].go_on.set()
@@ -204,9 +206,7 @@ def test_pictures_that_ask_for_other_views_do_not_share_a_run(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:
     served = device(max_batch=4)
-    engines[0].go_on.clear()
-    submit(served)
-    assert engines[0].entered.wait(WAIT)
+    held(served, engines[0])
     jobs = []
     for flip in (False, True, False):
         plan = engines[0].plan(flip=flip)
@@ -221,9 +221,7 @@ def test_a_dead_device_fails_its_run_and_serves_the_waiting(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:
     served = device()
-    engines[0].go_on.clear()
-    running = submit(served)
-    assert engines[0].entered.wait(WAIT)
+    running = held(served, engines[0])
     waiting = submit(served)
     engines[0].failures = [RuntimeError("illegal memory access")]
     engines[0].broken_after_failure = True  # so that the small run that tells picture from device fails too
@@ -248,9 +246,7 @@ def test_a_thread_that_ends_is_replaced(device: Callable[..., Device], engines: 
 
 def test_a_hung_run_trips_the_watchdog(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device(hang_seconds=0.2)
-    engines[0].go_on.clear()
-    hung = submit(served)
-    assert engines[0].entered.wait(WAIT)
+    hung = held(served, engines[0])
     waiting = submit(served)
     error = hung.exception(WAIT)
     assert isinstance(error, Refusal)
@@ -268,9 +264,7 @@ def test_a_run_does_not_hang_before_ten_times_its_prediction(
     served = device(hang_seconds=0.05)
     for _ in range(50):
         served.cost_model.observe(engines[0].work(8, 8, engines[0].plan()), 60.0)
-    engines[0].go_on.clear()
-    slow = submit(served)
-    assert engines[0].entered.wait(WAIT)
+    slow = held(served, engines[0])
     time.sleep(0.2)
     assert not slow.done()
     engines[0].go_on.set()
@@ -303,9 +297,7 @@ def test_what_waits_for_a_device_that_cannot_come_back_fails_at_once(model_file:
 
     served = Device(load)
     served.wait_until_started()
-    engine.go_on.clear()
-    running = submit(served)
-    assert engine.entered.wait(WAIT)
+    running = held(served, engine)
     waiting = submit(served)
     engine.failures = [SystemExit()]
     engine.go_on.set()
@@ -327,9 +319,7 @@ def test_a_device_that_dies_now_and_then_is_not_given_up(device: Callable[..., D
 
 def test_a_picture_whose_caller_has_left_is_dropped(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device()
-    engines[0].go_on.clear()
-    running = submit(served)
-    assert engines[0].entered.wait(WAIT)
+    running = held(served, engines[0])
     left, stays = submit(served), submit(served)
     assert left.cancel()
     engines[0].go_on.set()
@@ -342,9 +332,7 @@ def test_a_shared_run_leaves_out_whose_caller_has_left_and_who_is_too_late(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:
     served = device(max_batch=4)
-    engines[0].go_on.clear()
-    running = submit(served)
-    assert engines[0].entered.wait(WAIT)
+    running = held(served, engines[0])
     first, left, late, stays = submit(served), submit(served), submit(served, time.monotonic() - 1), submit(served)
     assert left.cancel()
     engines[0].go_on.set()
@@ -365,9 +353,7 @@ def test_a_picture_that_is_too_late_is_dropped(device: Callable[..., Device], en
 
 def test_closing_fails_what_waits_and_finishes_what_runs(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device()
-    engines[0].go_on.clear()
-    running = submit(served)
-    assert engines[0].entered.wait(WAIT)
+    running = held(served, engines[0])
     waiting = submit(served)
     closing = threading.Thread(target=served.close, args=(WAIT,))
     closing.start()
@@ -411,9 +397,7 @@ def test_a_device_that_dies_after_it_was_closed_stays_closed(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:
     served = device()
-    engines[0].go_on.clear()
-    running = submit(served)
-    assert engines[0].entered.wait(WAIT)
+    running = held(served, engines[0])
     served.close(0)
     engines[0].failures = [SystemExit()]
     engines[0].go_on.set()
@@ -585,9 +569,7 @@ def test_pictures_that_waited_for_a_large_one_run_side_by_side(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:
     served = device(lanes=2, beside_pixels=64)
-    engines[0].go_on.clear()
-    large = submit(served)
-    assert engines[0].entered.wait(WAIT)
+    large = held(served, engines[0])
     small = [submit(served, shape=STUCK), submit(served, shape=STUCK)]
     engines[0].go_on.set()
     large.result(WAIT)
