@@ -13,6 +13,7 @@ import math
 import statistics
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import option_parser
-from benchmarks.runs import Job, RunError, advance, run_facts
+from benchmarks.runs import Job, RunError, refuse_seed, run_facts, work_off
 from model.arguments import at_least_one, minutes
 from model.files import replacing
 from model.recipe import Recipe, RecipeError, read_recipe
@@ -143,20 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
     until, words, console = time.monotonic() + 60 * options.minutes, tuple(options.options), Console()
     try:
         Recipe(**read_recipe(options.config, list(words)))
-        if "seed" in read_recipe(None, list(words)):
-            raise RunError("every run has a seed of its own, from 0 on; choose how many with --seeds")
+        refuse_seed(words)
         planned = jobs(options.data, options.config, options.seeds, words)
         about = describe(options.data, options.config, words, options.seeds)
         output = options.output or options.out / "ablation.json"
-        options.out.mkdir(parents=True, exist_ok=True)
-        for job in planned.values():
-            job.check(options.out)
-        for job in planned.values():
-            if job.missing(options.out):
-                if not advance(job, options.out, until):
-                    break
-                write(output, planned, options.out, about, console)
-        write(output, planned, options.out, about, console)
+        tell = partial(write, output, planned, options.out, about, console)
+        work_off(planned.values(), options.out, until, tell)
     except (RunError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

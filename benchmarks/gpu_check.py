@@ -21,10 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import RESULTS, ROOT, commit
 from model.files import replacing
-
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 
 # Parts in the order of their worth, with the most seconds each may take, and all together.
 SECONDS = {
@@ -220,7 +218,7 @@ def describe_machine(gpu: str) -> dict[str, Any]:
 
     return {
         "command": "make gpu-check",
-        "commit": first_line("git", "rev-parse", "HEAD"),
+        "commit": commit(),
         "gpu": gpu,
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "nvcc": first_line(os.environ.get("NVCC", "nvcc"), "--version"),

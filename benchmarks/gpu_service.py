@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import ROOT
 from benchmarks.gpu_parts import Report
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.config import ModelConfig
 from model.encnet import EncNet
 from model.windows import AUTHORS_SCALES, predict_windows
 
-ROOT = Path(__file__).parents[1]
 SIDE = 480
 CLIENTS = (1, 8, 32)
 SHAPES = 500

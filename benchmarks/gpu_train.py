@@ -22,7 +22,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import ablation, reference_positions
-from benchmarks.runs import ROOT, Job, RunError, advance
+from benchmarks.command import ROOT
+from benchmarks.runs import Job, RunError, advance
 from benchmarks.split_weights import split
 from model.arguments import minutes
 from model.files import replacing

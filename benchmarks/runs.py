@@ -6,7 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,3 +128,25 @@ def advance(job: Job, root: Path, until: float) -> bool:
         if step == "training" and not (folder / "final.pt").exists():
             return False
     return True
+
+
+def work_off(jobs: Collection[Job], root: Path, until: float, tell: Callable[[], None]) -> None:
+    """Go on with the jobs in their order until all are finished or, by `time.monotonic()`, the time is up.
+
+    `tell` is called when one is finished, and at the end. Raises RunError as `Job.check` and `advance` do.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        job.check(root)
+    for job in jobs:
+        if job.missing(root):
+            if not advance(job, root, until):
+                break
+            tell()
+    tell()
+
+
+def refuse_seed(words: Sequence[str]) -> None:
+    """Raise RunError where key=value words choose a seed, which the list of runs does; RecipeError for no options."""
+    if "seed" in read_recipe(None, list(words)):
+        raise RunError("every run has a seed of its own, from 0 on; choose how many with --seeds")

@@ -36,16 +36,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.command import commit
+from benchmarks.command import RESULTS, ROOT, commit
 from benchmarks.gpu_parts import broadcast_form
-from benchmarks.runs import ROOT
 from model.augment import StepSampler
 from model.encoding import Encoding, backend, encode_reference
 from model.files import replacing
 from model.recipe import Recipe, RecipeError, read_recipe
 from model.train import Run, validate
 
-RESULTS = Path(__file__).parent / "results"
 PICTURES, PICTURE_SIZE, CLASSES = 32, (480, 640), 150
 ON_A_GPU = ["backbone=resnet50s", "crop=480", "batch=16", "precision=bf16", "compile=true", "ema=0.999"]
 ON_A_CPU = [

@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from rich.table import Table
 
 from benchmarks.ablation import cell, spread
 from benchmarks.command import option_parser
-from benchmarks.runs import Job, RunError, advance, run_facts
+from benchmarks.runs import Job, RunError, refuse_seed, run_facts, work_off
 from model.arguments import at_least_one, minutes
 from model.files import replacing
-from model.recipe import Recipe, RecipeError, read_recipe
+from model.recipe import RecipeError
 
 AS_IT_IS = "the recipe"
 SPLITS = ("val", "test")
@@ -85,26 +86,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="recipe file (TOML)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all runs")
     parser.add_argument("--base", default="", metavar='"key=value ..."', help="options for every run, as epochs=16")
-    parser.add_argument("--seeds", type=at_least_one, default=1, metavar="N", help="of each trial (default: 1)")
+    text = "runs of each trial (default: %(default)s)"
+    parser.add_argument("--seeds", type=at_least_one, default=1, metavar="N", help=text)
     text = "stop after so long (default: never)"
     parser.add_argument("--minutes", type=minutes, default=math.inf, metavar="N", help=text)
     options = parser.parse_intermixed_args(arguments)
     until, console = time.monotonic() + 60 * options.minutes, Console()
     try:
+        for words in (options.base, *options.trials):
+            refuse_seed(words.split())
+        if not all(trial.split() for trial in options.trials):
+            raise RunError('a trial is one or several options in quotes, as "class_balance=0"; one is empty')
         planned = jobs(options.data, options.config, options.base, options.trials, options.seeds)
         for job in planned.values():
-            Recipe(**read_recipe(options.config, list(job.options)))
-            job.check(options.out)
+            job.recipe()
         quoted = " ".join(f'"{trial}"' for trial in options.trials)
         words = f'--out runs/trials --seeds {options.seeds} --base "{options.base}" {quoted}'
         about = run_facts("benchmarks.trials", words, options.data, options.config, options.base.split())
-        options.out.mkdir(parents=True, exist_ok=True)
-        for job in planned.values():
-            if job.missing(options.out):
-                if not advance(job, options.out, until):
-                    break
-                write(planned, options.out, about, console)
-        write(planned, options.out, about, console)
+        tell = partial(write, planned, options.out, about, console)
+        work_off(planned.values(), options.out, until, tell)
     except (RunError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

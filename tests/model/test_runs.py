@@ -115,8 +115,16 @@ def test_each_trial_is_the_recipe_but_for_its_change_and_is_compared_with_it(dat
     recipes = [load_checkpoint(tmp_path / "runs" / name / "last.pt").training["recipe"] for name in names]
     differing = [{key for key in recipes[0] if recipe[key] != recipes[0][key]} for recipe in recipes]
     assert differing == [set(), {"jitter", "gamma"}, {"class_balance"}]
-    assert trials.main([*options, "colour=1"]) == 2
-    assert "unknown option 'colour'" in capsys.readouterr().err
+    for wrong, said in (
+        ("colour=1", "unknown option 'colour'"),
+        ("seed=3", "a seed of its own"),
+        (" ", "one is empty"),
+    ):
+        assert trials.main([*options, wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert trials.main([*options[:-1], "seed=3", "class_balance=0"]) == 2
+    assert "a seed of its own" in capsys.readouterr().err
+    assert len(called) == 9
 
 
 def test_the_ablation_keeps_runs_of_other_options_apart(data, tmp_path, called, capsys):
