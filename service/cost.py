@@ -4,11 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 FORGETTING = 0.98  # weight of what was seen one run earlier, so that the prediction follows the machine
-_PRIOR = 1e-3  # weight of the first guess, in runs
-_FIRST_GUESS = np.array([1.0, 0.1])  # microseconds for a pixel of the network, and for a merged one
+_SIZE_TOLERANCE = 0.001  # pixels, the graph's: 480 * 1.1 is 528, whatever a float makes of it
+_PRIOR = 1e-3  # weight of the rates so far, in runs
+_FIRST_GUESS = (1.0, 0.1)  # microseconds for a pixel of the network, and for a merged one
 
 
 @dataclass(frozen=True)
@@ -52,34 +51,40 @@ def work_of(
         pictures = _windows(width, window, step) * _windows(height, window, step)
         width, height = min(width, window), min(height, window)
     long, short = max(width, height), min(width, height)
-    network = sum(math.ceil(base_size * scale) * max(1, round(base_size * scale * short / long)) for scale in scales)
+    network = sum(_view_pixels(long, short, base_size * scale) for scale in scales)
     mirrored = 2 if flip else 1
     return Work(pictures * mirrored * network, pictures * mirrored * len(scales) * width * height)
+
+
+def _view_pixels(long: int, short: int, target: float) -> int:
+    """Pixels of a view whose long side is to be `target`, by the rule of the graph (its metadata has it in words)."""
+    view_long = math.ceil(target - _SIZE_TOLERANCE)
+    return view_long * max(1, (2 * short * view_long + long) // (2 * long))
 
 
 class CostModel:
     """Seconds of a run, fitted to the runs seen: microseconds for each kind of pixel, by least squares that forget.
 
+    What the runs do not tell, as all of one shape tell no rate by itself, stays as it was.
     Not thread-safe: one thread observes and predicts.
     """
 
     def __init__(self) -> None:
-        self._moments = np.eye(2) * _PRIOR
-        self._products = self._moments @ _FIRST_GUESS
         self._rates = _FIRST_GUESS
+        self._moments = [0.0] * 5  # sums over the runs, of the products that are `seen`
 
     def predict(self, work: Work) -> float:
         """Seconds that a run of this work takes."""
-        return float(self._rates @ self._features(work) / 1e6)
+        network_rate, merged_rate = self._rates
+        return (network_rate * work.network + merged_rate * work.merged) / 1e6
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a run. Runs count by their relative error, so that large ones do not drown small ones."""
-        features = self._features(work)
-        weight = 1 / features.sum() ** 2
-        self._moments = FORGETTING * self._moments + weight * np.outer(features, features)
-        self._products = FORGETTING * self._products + weight * features * seconds * 1e6
-        self._rates = np.maximum(np.linalg.lstsq(self._moments, self._products, rcond=None)[0], 0)
-
-    @staticmethod
-    def _features(work: Work) -> np.ndarray:
-        return np.array([work.network, work.merged], float)
+        network, merged, cost = work.network / work.cost, work.merged / work.cost, seconds * 1e6 / work.cost
+        seen = (network * network, network * merged, merged * merged, network * cost, merged * cost)
+        self._moments = [FORGETTING * old + new for old, new in zip(self._moments, seen, strict=True)]
+        nn, nm, mm, nc, mc = self._moments
+        nn, mm = nn + _PRIOR, mm + _PRIOR
+        nc, mc = nc + _PRIOR * self._rates[0], mc + _PRIOR * self._rates[1]
+        determinant = nn * mm - nm * nm
+        self._rates = max(0.0, (mm * nc - nm * mc) / determinant), max(0.0, (nn * mc - nm * nc) / determinant)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -62,18 +63,17 @@ class Metrics:
 
     def watch(self, name: str, pipeline: Pipeline) -> None:
         """Count the runs of a model's device and what its answers find, every class from 0 on."""
-        pipeline.device.on_run = lambda batch: self.batches.labels(name).observe(batch)
-        classes, threshold = pipeline.engine.metadata.classes, pipeline.settings.threshold
+        pipeline.device.on_run = self.batches.labels(name).observe
+        threshold = pipeline.settings.threshold
+        pictures = self.pictures.labels(name)
+        present = [self.present.labels(name, class_) for class_ in pipeline.engine.metadata.classes]
 
         def count(segmentation: Segmentation) -> None:  # without the pipeline, which would keep itself alive by it
-            self.pictures.labels(name).inc()
-            for class_, score in zip(classes, segmentation.presence, strict=False):
-                self.present.labels(name, class_).inc(float(score >= threshold))
+            pictures.inc()
+            for index in np.flatnonzero(segmentation.presence >= threshold):
+                present[index].inc()
 
         pipeline.on_answer = count
-        self.pictures.labels(name)
-        for class_ in classes:
-            self.present.labels(name, class_)
 
     def text(self) -> bytes:
         """The exposition format, for CONTENT_TYPE."""

@@ -18,6 +18,7 @@ from live import serving
 from starlette.testclient import TestClient
 from tiny_model import encoded
 
+from model.predict import view_size
 from service.app import create_app
 from service.cost import CostModel, Work, work_of
 from service.device import Job
@@ -107,7 +108,16 @@ def test_cost_counts_every_view_at_the_networks_and_the_pictures_size() -> None:
     assert work_of(200, 100, 480, (1.0,), True) == Work(2 * 480 * 240, 2 * 200 * 100)
     assert work_of(100, 200, 480, (0.5, 1.0), False) == Work(240 * 120 + 480 * 240, 2 * 200 * 100)
     assert work_of(1, 5000, 480, (1.0,), False) == Work(480, 5000)
-    assert work_of(200, 100, 480, (0.501,), False) == Work(241 * 120, 200 * 100), "a view's long side is rounded up"
+
+
+def test_cost_is_of_the_views_that_the_network_sees() -> None:
+    random = np.random.default_rng(0)
+    for width, height, base_size in random.integers(1, 2000, (100, 3)).tolist():
+        for scale in (0.5, 0.501, 0.7, 1.0, 1.1, 1.75):
+            view_height, view_width = view_size(height, width, base_size, scale)
+            assert work_of(width, height, base_size, (scale,), False).network == view_height * view_width, (
+                f"{width} x {height} pixels at {scale} times {base_size}"
+            )
 
 
 def test_cost_counts_every_window() -> None:
