@@ -1,12 +1,11 @@
 """Everything that is to be trained on one GPU, in pieces: `make gpu-train`, again and again until it is finished.
 
 Each call goes on where the last one stopped. It begins nothing that --minutes leaves too little time for, training
-stops and saves in time, and a training or an evaluation that hangs is ended soon after. One that fails leaves the
-others alone; the exit status is then 2. The runs, in order: the best network for CamVid and for MSRC-21, CamVid without
-reference_positions and its comparison, and the ablation on both data sets. OUT/RUN holds a run as model.train and
-model.evaluate leave it; OUT/results is what is worth carrying away, small files only: figures, curves, contact sheets
-and the ablation's tables of what is finished, and the best networks' weights in files of at most 15 MB
-(benchmarks/split_weights.py joins them).
+stops and saves in time, what hangs is ended soon after, and what fails (exit status 2) leaves the rest alone.
+The runs, in order: the best network for CamVid and for MSRC-21, CamVid without reference_positions and its comparison,
+and the ablation on both data sets. OUT/RUN holds a run as model.train and model.evaluate leave it; OUT/results is what
+is worth carrying away, small files only: figures, curves, contact sheets and the ablation's tables of what is finished,
+and the best networks' weights in files of at most 15 MB (benchmarks/split_weights.py joins them).
 """
 
 import argparse
@@ -21,9 +20,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import ablation, reference_positions
+from benchmarks import ablation
 from benchmarks.command import ROOT
-from benchmarks.runs import Job, RunError, advance
+from benchmarks.runs import Job, RunError, advance, call_until
 from benchmarks.split_weights import split
 from model.arguments import minutes
 from model.files import replacing
@@ -73,9 +72,9 @@ def compare_factor(data: Path, out: Path, until: float) -> None:
     if output.exists() or until - time.monotonic() < COMPARISON_SECONDS:
         return
     if all(file.exists() for file in files):
-        words = ["--data", data / "camvid", "--batch", "8", "--output", output]
-        if reference_positions.main([str(word) for word in (*files, *words)]):
-            raise RunError("the comparison of reference_positions failed")
+        words = [str(file.resolve()) for file in files]
+        words += ["--data", str((data / "camvid").resolve()), "--batch", "8", "--output", str(output.resolve())]
+        call_until(until, COMPARISON, "benchmarks.reference_positions", words)
 
 
 def piece(

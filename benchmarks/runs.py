@@ -97,6 +97,17 @@ def call(module: str, words: list[str], seconds: float) -> int | None:
         return None
 
 
+def call_until(until: float, what: str, module: str, words: list[str]) -> None:
+    """Run `python -m module` with these words, which should be done by `time.monotonic()` until.
+
+    Raises RunError, which calls it `what`, where it fails, or hangs: then it is ended HANG_SECONDS after its time.
+    """
+    status = call(module, words, until - time.monotonic() + HANG_SECONDS)
+    if status != 0:
+        ended = "hung and was ended" if status is None else f"failed with exit status {status}"
+        raise RunError(f"{what} {ended}")
+
+
 def advance(job: Job, root: Path, until: float) -> bool:
     """Go on with a job until it is finished or, by `time.monotonic()`, the time is up; whether it is finished.
 
@@ -121,10 +132,7 @@ def advance(job: Job, root: Path, until: float) -> bool:
             words = [str(folder / "final.pt"), "--data", data, "--output", str(folder / step), *job.views[step]]
             if layout := job.recipe().layout:
                 words += ["--layout", layout]
-        status = call(module, words, seconds + HANG_SECONDS)
-        if status != 0:
-            ended = "hung and was ended" if status is None else f"failed with exit status {status}"
-            raise RunError(f"{job.name}: {step} {ended}")
+        call_until(until, f"{job.name}: {step}", module, words)
         if step == "training" and not (folder / "final.pt").exists():
             return False
     return True

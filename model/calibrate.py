@@ -19,6 +19,7 @@ from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, l
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
 from model.evaluation import EvaluationError, check_classes
+from model.files import check_writable
 from model.layouts import LAYOUTS
 from model.losses import presence_targets
 from model.metrics import average_precision, expected_calibration_error, mean_defined, negative_log_likelihood
@@ -138,6 +139,7 @@ def check_options(arguments: argparse.Namespace, source: str) -> Path:
         raise EvaluationError(f"--out {output}: is a folder, not a file")
     if source != FORMAT and output.exists() and output.samefile(arguments.checkpoint):
         raise EvaluationError(f"--out {output}: would replace a checkpoint in {source}'s format by one in ours")
+    check_writable(output.parent)
     return output
 
 

@@ -28,7 +28,7 @@ from model.evaluation import (
     totals,
 )
 from model.figures import contact_sheet
-from model.files import replacing
+from model.files import check_writable, replacing
 from model.layouts import LAYOUTS
 from model.metrics import BINS
 from model.windows import MERGES
@@ -278,6 +278,7 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
     if output.exists() and not output.is_dir():
         raise EvaluationError(f"--output {output}: is a file, not a folder")
     output.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
     model = build_model(checkpoint).to(device)
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes) as progress:

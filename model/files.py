@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def check_writable(folder: Path) -> None:
+    """Raise OSError, with a sentence for the user, where `replacing` could not write: now, not after long work."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder}: nothing can be written there: {error.strerror}") from None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write into that becomes `path` when the block ends; nothing is left behind when it fails."""

@@ -159,6 +159,9 @@ def refused(capsys, *arguments) -> str:
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(checkpoint, data, tmp_path, capsys):
     assert "is the split to fit on" in refused(capsys, checkpoint, "--data", data, "--report-split", "val")
+    assert "/proc/self: nothing can be written there" in refused(
+        capsys, checkpoint, "--data", data, "--out", "/proc/self/net.pt"
+    )
     assert "does not exist" in refused(capsys, checkpoint, "--data", data, "--out", tmp_path / "no" / "net.pt")
     assert "is a folder" in refused(capsys, checkpoint, "--data", data, "--out", data)
     assert "no such file" in refused(capsys, tmp_path / "none.pt", "--data", data)

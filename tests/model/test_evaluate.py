@@ -175,6 +175,8 @@ def test_an_unusable_output_is_found_before_the_work(checkpoint, data, tmp_path,
     (tmp_path / "taken").touch()
     assert run(checkpoint, "--data", data, "--output", tmp_path / "taken") == 2
     assert capsys.readouterr().err == f"error: --output {tmp_path / 'taken'}: is a file, not a folder\n"
+    assert run(checkpoint, "--data", data, "--output", "/proc/self") == 2
+    assert "/proc/self: nothing can be written there: " in capsys.readouterr().err
 
 
 def test_limit_and_base_size(checkpoint, data, tmp_path):

@@ -19,7 +19,11 @@ TINY = [
     "base_size=48", "batch=3", "epochs=1", "warmup=0", "precision=fp32", "compile=false", "log_every=1",
     "evaluate_every=1", "reference_positions=4", "optimizer=sgd", "ema=0.0",
 ]  # fmt: skip
-MODULES = {"model.train": train.main, "model.evaluate": evaluate.main}
+MODULES = {
+    "model.train": train.main,
+    "model.evaluate": evaluate.main,
+    "benchmarks.reference_positions": reference_positions.main,
+}
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +175,15 @@ def test_deltas_pair_runs_of_one_seed():
 
 def test_the_comparison_is_begun_only_where_there_is_time_for_it(tmp_path, monkeypatch):
     begun = []
-    monkeypatch.setattr(reference_positions, "main", lambda words: begun.append(words))
+    monkeypatch.setattr(runs, "call", lambda module, words, seconds: begun.append(seconds))
     for name in ("camvid", gpu_train.WITHOUT_FACTOR):
         (tmp_path / name).mkdir()
         (tmp_path / name / "final.pt").touch()
     gpu_train.compare_factor(tmp_path, tmp_path, time.monotonic() + 60)
     assert not begun
-    gpu_train.compare_factor(tmp_path, tmp_path, time.monotonic() + 600)
-    assert len(begun) == 1
+    with pytest.raises(runs.RunError, match="reference-positions hung and was ended"):
+        gpu_train.compare_factor(tmp_path, tmp_path, time.monotonic() + 600)
+    assert begun == [pytest.approx(600 + runs.HANG_SECONDS, abs=60)]
 
 
 def test_a_run_that_fails_leaves_the_others_alone(data, tmp_path, monkeypatch, capsys):
@@ -238,7 +243,7 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
     monkeypatch.setattr(gpu_train, "advance", whole_advance)
     assert gpu_train.main(options) == 0
     assert f"all is in {out / 'results'}" in capsys.readouterr().out
-    assert len(called) == 2 * 3 + 3 * 2, "nothing is done twice"
+    assert len(called) == 2 * 3 + 1 + 3 * 2, "nothing is done twice"
 
     results = out / "results"
     document = json.loads((results / "runs.json").read_text())
