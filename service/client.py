@@ -52,6 +52,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between attempts where the ser
 JITTER = 0.1  # a pause that was named is longer by up to this share, lest all who were refused come back together
 
 _CONNECT_SECONDS = 5.0
+_PART_BYTES = 64 * 1024  # sent between two looks at the time
 _LONGEST_WAIT = 86_400.0  # seconds; a socket takes no infinite time
 _NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what reading another's answer raises
 _RETRIED_FAILURES = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.TimeoutException)
@@ -157,7 +158,10 @@ class Client:
     def _post(self, content: bytes, params: dict[str, str], attempts: "_Attempts") -> "_Reply":
         """The whole answer; httpx's timeouts are for each step of it, so the time is looked at between steps too."""
         timeout = httpx.Timeout(attempts.left(), connect=min(attempts.left(), _CONNECT_SECONDS))
-        with self._http.stream("POST", "segment", content=content, params=params, timeout=timeout) as response:
+        parts, length = _in_parts(content, attempts), {"Content-Length": str(len(content))}
+        with self._http.stream(
+            "POST", "segment", content=parts, headers=length, params=params, timeout=timeout
+        ) as response:
             body = bytearray()
             for chunk in response.iter_bytes():
                 body += chunk
@@ -339,6 +343,13 @@ def _date(text: str) -> datetime | None:
     except (ValueError, OverflowError):
         return None
     return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
+def _in_parts(content: bytes, attempts: _Attempts) -> Iterator[bytes]:
+    """What is sent, while there is time."""
+    for start in range(0, len(content), _PART_BYTES):
+        attempts.left()
+        yield content[start : start + _PART_BYTES]
 
 
 def _check_concurrency(concurrency: int) -> None:

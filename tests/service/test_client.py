@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -302,6 +302,29 @@ def test_a_trickling_answer_ends_at_the_deadline(connect: Callable[..., Any]) ->
 
     with serving(app) as url:
         assert failure(connect(url, timeout=0.5)).code == "deadline"
+
+
+def test_a_picture_that_is_taken_too_slowly_ends_at_the_deadline(connect: Callable[..., Any]) -> None:
+    taken = []
+
+    def take(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            while part := connection.recv(64 * 1024):
+                taken.append(len(part))
+                time.sleep(0.01)
+
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taking = threading.Thread(target=take, args=(listener,))
+        taking.start()
+        client = connect(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5)
+        error = failure(client, bytes(60_000_000))
+        taking.join()
+    assert sum(taken) < 60_000_000, "the rest is not sent when the time is up"
+    assert (error.code, str(error)) == ("deadline", "the server did not answer within 0.5 s")
 
 
 # ---- what went wrong
