@@ -49,6 +49,7 @@ MASKS: dict[str, Callable[[], np.ndarray]] = {
     "one row": lambda: noise(1, 5000, 3),
     "one column": lambda: noise(5000, 1, 3),
     "one class": lambda: np.full((40, 60), 7, np.uint8),
+    "classes from 1 on": lambda: noise(20, 30, 3) + 1,
     "no class": lambda: np.full((4, 6), 255, np.uint8),
     "checkerboard": lambda: (np.indices((30, 41)).sum(0) % 2).astype(np.uint8),
     "noise of 2": lambda: noise(64, 80, 2),
