@@ -125,7 +125,7 @@ class Worker:
     ) -> None:
         if embedded:
             settings = settings.model_copy(update={"model": EMBEDDED_MODEL})
-        engine = Engine(settings.model, settings.device, settings.threads)
+        engine = Engine(settings.model, settings.device, settings.threads, settings.gpu_memory_limit)
         if engine.sha256 != sha256:
             raise ModelError(f"the model file {settings.model} is another on this node than where the run was started")
         self._run = batch.Run(engine, settings, options, overlay)

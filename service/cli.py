@@ -528,7 +528,7 @@ def _faults(error: ValidationError, where: Callable[[str], str] = str) -> list[s
 
 def _load(settings: Settings) -> Engine:
     try:
-        engine = Engine(settings.model, settings.device, settings.threads)
+        engine = Engine(settings.model, settings.device, settings.threads, settings.gpu_memory_limit)
     except ModelError as error:
         _fail(str(error))
     return engine

@@ -87,4 +87,9 @@ class CostModel:
         nn, mm = nn + _PRIOR, mm + _PRIOR
         nc, mc = nc + _PRIOR * self._rates[0], mc + _PRIOR * self._rates[1]
         determinant = nn * mm - nm * nm
-        self._rates = max(0.0, (mm * nc - nm * mc) / determinant), max(0.0, (nn * mc - nm * nc) / determinant)
+        network_rate, merged_rate = (mm * nc - nm * mc) / determinant, (nn * mc - nm * nc) / determinant
+        if network_rate < 0:  # no pixel takes less than no time: then the other kind takes it all
+            network_rate, merged_rate = 0.0, mc / mm
+        elif merged_rate < 0:
+            network_rate, merged_rate = nc / nn, 0.0
+        self._rates = network_rate, merged_rate

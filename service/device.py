@@ -71,8 +71,8 @@ class Device:
 
     `load` makes a loaded engine; it is called on a thread of the device, at the start and after each death.
     `hang_seconds`: a run that takes longer than this, and than ten times its prediction, counts as hung.
-    `beside_pixels`: runs are side by side only while their pictures have no more pixels than this together, so that
-    lanes need no more memory than the largest picture does.
+    `beside_pixels`: pictures share a run, and runs are side by side, only while they have no more pixels than this
+    together, so that neither needs more memory than the largest picture does.
 
     When a thread dies or hangs, its engine is given up: the other threads finish their runs on it, and end.
     """
@@ -199,7 +199,8 @@ class Device:
                     continue
                 batch = [job]
                 if self._max_batch > 1:
-                    alike = [other for other in self._waiting if _alike(other, job)][: self._max_batch - 1]
+                    most = min(self._max_batch, self._room() // _pixels(job))
+                    alike = [other for other in self._waiting if _alike(other, job)][: max(most - 1, 0)]
                     for other in alike:
                         self._waiting.remove(other)
                     batch += [other for other in alike if _wanted(other)]
@@ -207,10 +208,11 @@ class Device:
 
     def _has_turn(self) -> bool:
         """Whether the first waiting job may start: nothing runs, or what runs leaves room for its pixels."""
-        if not self._waiting:
-            return False
-        running = sum(_pixels(job) for run in self._runs for job in run.jobs)
-        return not self._runs or running + _pixels(self._waiting[0]) <= self._beside_pixels
+        return bool(self._waiting) and (not self._runs or _pixels(self._waiting[0]) <= self._room())
+
+    def _room(self) -> int:
+        """Pixels that may be run beside what runs now. The lock is held."""
+        return self._beside_pixels - sum(_pixels(job) for run in self._runs for job in run.jobs)
 
     def _begin(self, jobs: list[Job]) -> _Run:
         """Enter a run of this thread into the books. The lock is held."""

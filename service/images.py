@@ -6,7 +6,7 @@
 | grey, black-and-white        | the same value in the three channels                                               |
 | palette                      | the palette's colours                                                              |
 | alpha, or a transparent key  | composited on white, also for grey and palette                                     |
-| 16 bits                      | scaled to 8: 65535 becomes 255, nothing is clipped                                 |
+| 12 or 16 bits                | scaled to 8: the largest value becomes 255, nothing is clipped                     |
 | CMYK, YCbCr, LAB, HSV        | converted to RGB, without colour profile                                           |
 | animated, or several pages   | the first frame                                                                    |
 | 32-bit integers, floats      | refused: nothing in the file says which value is white                             |
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from service.errors import InputError
 
@@ -33,9 +33,12 @@ DECODE_SECONDS = 10.0  # for one file; a JPEG of thousands of scans would take h
 
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
 
+_MOST_STRIP_BYTES = 1 << 18  # of a TIFF's list of strips or tiles: 65536 offsets of 4 bytes
+
 _ALPHA_MODES = {"LA", "PA", "RGBA", "RGBa"}
 _PLAIN_MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 _WHITE_16_BIT = 65535
+_WHITE_IS_ZERO = 0  # of TIFF's PhotometricInterpretation
 _HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
 
 _log = logging.getLogger(__name__)
@@ -83,6 +86,8 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_side: int | None
         name, mode = str(image.format), image.mode
         orientation = _orientation(image)
         image.load()
+        if name == "PNG":
+            _key_in_8_bits(image, bits=data[24])
         upright = _turn_upright(_to_rgb(image), _orientation(image))  # TIFF: load() has turned the pixels already
         reduced = reduced_size(*upright.size, max_side)
         pixels = upright if reduced == upright.size else upright.resize(reduced, Image.Resampling.BILINEAR)
@@ -101,6 +106,19 @@ def reduced_size(width: int, height: int, max_side: int | None) -> tuple[int, in
         return width, height
     ratio = max_side / max(width, height)
     return max(1, round(width * ratio)), max(1, round(height * ratio))
+
+
+class _Tiff(TiffImagePlugin.TiffImageFile):
+    """Pillow's reader, without its list of millions of strips for a file whose header names so many."""
+
+    def _setup(self) -> None:
+        for tag in (ExifTags.Base.StripOffsets, ExifTags.Base.TileOffsets):
+            if len(self.tag_v2._tagdata.get(tag, b"")) > _MOST_STRIP_BYTES:
+                raise InputError("unsupported", "the TIFF is cut into too many strips or tiles; save it as PNG")
+        super()._setup()
+
+
+Image.register_open("TIFF", _Tiff, TiffImagePlugin._accept)
 
 
 class _TimedFile(io.BytesIO):
@@ -182,16 +200,35 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any accepted mode -> RGB, by the table at the top of this file."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        wide = np.asarray(image).astype(np.uint32)
-        grey = (wide * 255 + _WHITE_16_BIT // 2) // _WHITE_16_BIT
-        grey[wide == image.info.get("transparency", -1)] = 255
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        return _wide_grey_to_rgb(image)
     if image.mode in _ALPHA_MODES or (image.mode in _PLAIN_MODES and image.has_transparency_data):
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     if image.mode in _PLAIN_MODES:
         return image.convert("RGB")
     raise InputError("unsupported", f"pictures with pixel mode {image.mode} are not supported; save it with 8 bits")
+
+
+def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey of up to 16 bits -> RGB. A TIFF's may have 12, and 0 for white, neither of which Pillow turns."""
+    wide, white = np.asarray(image).astype(np.uint32), _WHITE_16_BIT
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        white = 2 ** image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+        if image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
+            wide = white - wide
+    grey = (wide * 255 + white // 2) // white
+    grey[wide == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _key_in_8_bits(image: Image.Image, bits: int) -> None:
+    """Scale the transparent key of a PNG as its pixels have been: Pillow leaves it in the file's own bits."""
+    key = image.info.get("transparency")
+    if image.mode == "L" and isinstance(key, int) and bits in (2, 4):
+        most = 2**bits - 1
+        image.info["transparency"] = (key & most) * 255 // most
+    elif image.mode == "RGB" and isinstance(key, tuple) and bits == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:

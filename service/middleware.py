@@ -82,6 +82,9 @@ class RequestContext:
                 raise InputError("upload_too_slow", text) from None
             uploaded = not message.get("more_body", False)
             size = len(message.get("body", b""))
+            if held + size > self.bytes_limit:
+                text = f"the request is larger than the {self.bytes_limit} bytes that are held at a time"
+                raise InputError("too_many_bytes", text)
             if size and self.bytes_held + size > self.bytes_limit:
                 raise Refusal("overloaded", "too many bytes are being received at the same time", 1.0)
             held += size

@@ -172,18 +172,14 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
             raise InputError("invalid_option", "option dry_run is for single pictures")
         options = options.model_copy(update={"format": format_})
         deadline = time.monotonic() + (options.timeout_ms or settings.timeout_ms) / 1000
-        models.pipeline(options.model).plan(options)
         siblings = Siblings()
 
-        async def one(upload: Upload, departed: "asyncio.Task[None]") -> ItemAnswer:
+        async def one(pipeline: Pipeline, upload: Upload, departed: "asyncio.Task[None]") -> ItemAnswer:
             async with siblings.turns:
                 started = time.perf_counter()
                 try:
-                    with models.hold(options.model) as pipeline:
-                        segment = partial(
-                            pipeline.segment, upload.picture, options, deadline=deadline, departed=departed
-                        )
-                        result = await siblings.segment(segment)
+                    segment = partial(pipeline.segment, upload.picture, options, deadline=deadline, departed=departed)
+                    result = await siblings.segment(segment)
                     encode = partial(_mask_part, format_=format_)
                     encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
                     (labelled, mask), waited, encode_ms = await in_pool(models.workers, encoding, deadline)
@@ -194,8 +190,10 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
                 timings = _timings(result, waited, encode_ms, started, metrics)
                 return ItemAnswer(name=upload.name, answer=_answer(request, labelled, mask, timings))
 
-        async with departure(request) as departed:
-            items = await asyncio.gather(*(one(upload, departed) for upload in uploads))
+        with models.hold(options.model) as pipeline:  # for all of them: what is in flight is finished
+            pipeline.plan(options)
+            async with departure(request) as departed:
+                items = await asyncio.gather(*(one(pipeline, upload, departed) for upload in uploads))
         answer = BatchAnswer(id=request.state.request_id, items=list(items))
         body = answer.model_dump_json()
         headers = _batch_headers([item.answer for item in items if item.answer], (time.perf_counter() - arrived) * 1000)

@@ -48,8 +48,10 @@ class Settings(BaseSettings):
         default=512 * 2**20, ge=1, description="Most bytes of request bodies to hold at a time; beyond it, 429."
     )
     upload_timeout_ms: int = Field(default=60_000, ge=1, description="Time for a request's body to be there.")
-    min_scale: float = Field(default=0.25, gt=0, description="Smallest scale a request may ask for.")
-    max_scale: float = Field(default=3.0, gt=0, description="Largest scale a request may ask for.")
+    min_scale: float = Field(
+        default=0.25, gt=0, allow_inf_nan=False, description="Smallest scale a request may ask for."
+    )
+    max_scale: float = Field(default=3.0, gt=0, allow_inf_nan=False, description="Largest scale a request may ask for.")
     max_scales: int = Field(default=8, ge=1, description="Most scales in one request; `flip` doubles the views.")
     threshold: float = Field(default=0.5, ge=0, le=1, description="A class is present from this score on.")
 
@@ -64,7 +66,9 @@ class Settings(BaseSettings):
     hang_seconds: float = Field(
         default=60.0, gt=0, description="A run hangs when it takes longer, and 10x its prediction."
     )
-    grace_seconds: float = Field(default=30.0, ge=0, description="Time to finish what is in flight when told to stop.")
+    grace_seconds: float = Field(
+        default=30.0, ge=0, allow_inf_nan=False, description="Time to finish what is in flight when told to stop."
+    )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         default=(), description="Keys, separated by commas, of which a request must show one; none: open to all."

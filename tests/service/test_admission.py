@@ -154,6 +154,15 @@ def test_large_runs_do_not_drown_small_ones() -> None:
     assert model.predict(Work(10_000, 10_000)) == pytest.approx(0.015, rel=0.02), "half-way between the two rates"
 
 
+@pytest.mark.parametrize("size", [(1920, 1080), (4000, 3000)])
+def test_a_device_far_quicker_than_the_first_guess_is_learned_in_a_few_runs(size: tuple[int, int]) -> None:
+    model, work = CostModel(), work_of(*size, 512, (1.0,), False)
+    seconds = (0.01 * work.network + 0.002 * work.merged) / 1e6
+    for _ in range(10):
+        model.observe(work, seconds)
+    assert model.predict(work) == pytest.approx(seconds, rel=0.1)
+
+
 def test_no_prediction_is_below_zero() -> None:
     model = CostModel()
     for _ in range(50):
@@ -474,8 +483,8 @@ def test_bytes_in_the_house_are_bounded(client_with: Callable[..., TestClient]) 
     picture = encoded(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     client = client_with(max_buffered_bytes=len(picture) - 1)
     refused = client.post("/segment", content=picture)
-    assert refused.status_code == 429
-    assert "retry-after" in refused.headers
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "too_many_bytes"), "no use coming back"
+    assert "retry-after" not in refused.headers
     assert client.post("/segment", content=encoded(GREY)).status_code == 200, "what was held has been given back"
 
 
@@ -493,6 +502,24 @@ def test_bytes_in_the_house_are_those_of_all_requests_and_given_back(client_with
         assert await status_of(app, [b"1234567890"]) == 415
 
     run(main)
+
+
+def test_a_batch_in_flight_is_finished_when_the_service_is_told_to_stop(
+    client_with: Callable[..., TestClient], gate: Any
+) -> None:
+    client = client_with(opening(gate))
+    models = client.app.state.models  # type: ignore[attr-defined]
+
+    def stop() -> None:
+        until(lambda: models.in_flight > 0)
+        models.drain()
+        gate.set()
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    answer = client.post("/segment/batch", files=[("image", (f"{i}.png", encoded(GREY))) for i in range(10)])
+    stopping.join()
+    assert [item["error"] for item in answer.json()["items"]] == [None] * 10
 
 
 def test_the_time_for_an_upload_does_not_end_a_run(client_with: Callable[..., TestClient], gate: Any) -> None:

@@ -152,6 +152,14 @@ def test_a_wrong_option_is_a_sentence(picture: Path, arguments: list[str], words
     assert words in result.stderr
 
 
+@pytest.mark.parametrize("name", ["ENCNET_GRACE_SECONDS", "ENCNET_MAX_SCALE", "ENCNET_MIN_SCALE"])
+def test_a_setting_that_must_be_finite_is_refused_where_it_is_not(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "inf")
+    result = run("warm")
+    assert result.exit_code == 2
+    assert f"{name}: Input should be a finite number" in result.stderr
+
+
 def test_a_wrong_environment_variable_is_named(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENCNET_MAX_PIXELS", "many")
     result = run("segment", picture)

@@ -202,6 +202,15 @@ def test_waiting_pictures_of_one_shape_share_a_run(device: Callable[..., Device]
     assert [answer.batch for answer in answers] == [1, 3, 1, 3, 3, 1]
 
 
+def test_pictures_share_a_run_only_while_they_fit_together(device: Callable[..., Device], engines: list[Moody]) -> None:
+    served = device(max_batch=4, beside_pixels=3 * 64 - 1)
+    jobs = [held(served, engines[0])] + [submit(served) for _ in range(5)]
+    engines[0].go_on.set()
+    for job in jobs:
+        job.result(WAIT)
+    assert engines[0].runs == [1, 2, 2, 1]
+
+
 def test_pictures_that_ask_for_other_views_do_not_share_a_run(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:

@@ -129,6 +129,42 @@ def test_sixteen_bit_colour_png_is_scaled() -> None:
     np.testing.assert_array_equal(picture.pixels, [[[255, 128, 0], [0, 18, 255]]])
 
 
+@pytest.mark.parametrize(
+    ("bit_depth", "colour_type", "row", "key", "seen"),
+    [
+        (2, 0, b"\x60", (1,), [[255] * 3, [170] * 3]),
+        (4, 0, b"\x59", (5,), [[255] * 3, [153] * 3]),
+        (4, 0, b"\x59", (0xFFF5,), [[255] * 3, [153] * 3]),
+        (16, 2, struct.pack(">6H", *[0x1234] * 3, *[0x3434] * 3), [0x1234] * 3, [[255] * 3, [0x34] * 3]),
+    ],
+)
+def test_a_transparent_key_has_the_files_own_bits(
+    bit_depth: int, colour_type: int, row: bytes, key: list[int], seen: list[list[int]]
+) -> None:
+    packed = struct.pack(f">{len(key)}H", *key)
+    picture = read(_png(2, 1, b"\0" + row, bit_depth=bit_depth, colour_type=colour_type, key=packed))
+    assert picture.pixels[0].tolist() == seen
+
+
+@pytest.mark.parametrize(
+    ("bits", "white_is_zero", "row", "seen"),
+    [
+        (16, True, struct.pack("<3H", 0, 0x8000, 0xFFFF), [255, 127, 0]),
+        (12, False, b"\xff\xf8\x00\x00\x00", [255, 128, 0]),
+        (8, True, b"\0\x80\xff", [255, 127, 0]),
+    ],
+)
+def test_white_of_a_grey_tiff_is_what_the_file_says(
+    bits: int, white_is_zero: bool, row: bytes, seen: list[int]
+) -> None:
+    assert read(_tiff(3, 1, row, bits, photometric=0 if white_is_zero else 1)).pixels[0, :, 0].tolist() == seen
+
+
+def test_a_tiff_of_millions_of_strips_is_refused_before_they_are_listed() -> None:
+    assert code_of(_tiff(1, 2, b"\x08" * 300_000, 8, strips=300_000)) == "unsupported"
+    assert read(_tiff(1, 2, b"\x08" * 2_000, 8, strips=2_000)).width == 1
+
+
 @pytest.mark.parametrize("format", ["JPEG", "TIFF"])
 def test_cmyk(format: str) -> None:
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
@@ -310,6 +346,29 @@ def test_too_many_pixels(photo: np.ndarray, format: str) -> None:
 def test_a_bomb_is_refused_by_its_header_alone(side: int) -> None:
     """Warned about by Pillow, refused by Pillow, and absurd: all the same to us, and no pixel is decoded."""
     assert code_of(_png(side, side, rows=b"")) == "too_many_pixels"
+
+
+def _tiff(width: int, height: int, data: bytes, bits: int, photometric: int = 1, strips: int = 1) -> bytes:
+    """An uncompressed grey TIFF of these rows; with more than one strip, of offsets that are the data's bytes."""
+    tags = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 0),
+        (277, 1),
+        (279, len(data)),
+    ]
+    tags.insert(7, (278, height if strips == 1 else 1))
+    start = 8 + 2 + 12 * len(tags) + 4
+    parts = [struct.pack("<2sHIH", b"II", 42, 8, len(tags))]
+    for tag, value in tags:
+        if tag == 273:
+            parts.append(struct.pack("<HHII", tag, 4 if strips == 1 else 1, strips, start))
+        else:
+            parts.append(struct.pack("<HHII", tag, 4, 1, value))
+    return b"".join([*parts, struct.pack("<I", 0), data])
 
 
 def _png(width: int, height: int, rows: bytes, bit_depth: int = 8, colour_type: int = 0, key: bytes = b"") -> bytes:
