@@ -96,8 +96,15 @@ def child(name: str, device: str, seconds: float, before: tuple[str, ...] = ()) 
     elif status:
         lines = printed.strip().splitlines()
         part["checks"][f"{name} ends well"] = f"exit status {status}: {lines[-1][:300] if lines else ''}"
-    part["printed"] = "\n".join(printed.strip().splitlines()[-15:])[-2000:]
+    part["printed"] = excerpt(printed)
     return part
+
+
+def excerpt(printed: str) -> str:
+    """What is worth keeping of a program's output: its end, and the first that a sanitizer found."""
+    lines = printed.strip().splitlines()
+    found = [line for line in lines if line.startswith("=========")][:30]
+    return "\n".join([*found, *(line for line in lines[-15:] if line not in found)])[:6000]
 
 
 def sanitizer(device: str, seconds: float) -> Part:
@@ -120,13 +127,15 @@ def sanitizer(device: str, seconds: float) -> Part:
             "kns=add_",
         )
         found = child("sanitized", device, seconds / len(SANITIZER_TOOLS), (program, *options))
+        checks = {f"{tool}: {name}": wrong for name, wrong in found["checks"].items() if name != "sanitized ends"}
         if "sanitized ends" in found["checks"]:
+            part["checks"] |= checks
             part["not_run"].append(f"{SANITIZER} {tool} did not end in time")
         elif "not supported" in found["printed"]:
             part["not_run"].append(f"{SANITIZER} {tool} does not work here: {found['printed'].splitlines()[-1]}")
         else:
-            part["checks"] |= {f"{tool}: {name}": wrong for name, wrong in found["checks"].items()}
-        part["printed"] = found["printed"]
+            part["checks"] |= checks
+        part["printed"] = f"{part.get('printed', '')}--- {tool}\n{found['printed']}\n"
     return part
 
 

@@ -459,14 +459,20 @@ def add_speed(
 
 def add_share(row: dict[str, Any], least_bytes: int, rate: float) -> None:
     """Percent of the time taken that moving this much at the copy's rate takes."""
-    taken = row.get("ours_gpu_ms", row.get("ours_ms"))
+    taken = None if "ours_failed" in row else row.get("ours_gpu_ms", row.get("ours_ms"))
     if taken and rate:
         row["share_percent"] = round(100 * least_bytes / rate / taken, 1)
 
 
 def judge(row: dict[str, Any], report: Report) -> None:
-    """The promises about speed as checks: a figure that is not reached is a failed one. Adds the ratios to the row."""
+    """The promises about speed as checks: a figure that is not reached is a failed one, and so is a call of ours that
+    raised; contenders that did count as not run. Adds the ratios to the row."""
     where = f"{row['pass']}, {row['dtype']} {row['layout']} B={row['batch']} N={row['positions']}"
+    if "ours_failed" in row:
+        report.checks[f"ours runs: {where}"] = row["ours_failed"]
+    for key in ("twin", "compiled", "broadcast"):
+        if f"{key}_failed" in row:
+            report.not_run.append(f"the {key}, {where}: {row[f'{key}_failed']}")
     for key, factor in (("twin", 1.0), ("broadcast", 1.0), ("compiled", 2.0)):
         for kind in ("ms", "gpu_ms"):
             mine, theirs = row.get(f"ours_{kind}"), row.get(f"{key}_{kind}")

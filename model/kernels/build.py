@@ -39,7 +39,8 @@ X86_INSTRUCTIONS = {
 HOSTS = {"torch": ["-fopenmp"], "ort": []}
 
 CUDA_HOSTS = ["cuda", "ort_cuda"]
-CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]  # of the fat library, which adds PTX of the last one
+CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]  # of the fat library, which adds PTX of first and last
+LEAST_ARCHITECTURE = 80
 NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static"]
 NVCC_HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall"]
 NVCC_PLACES = ("nvcc", "/usr/local/cuda/bin/nvcc")
@@ -145,14 +146,14 @@ def build(cxx: list[str]) -> bool:
 
 
 def visible_architectures() -> list[str]:
-    """Compute capabilities of the GPUs that nvidia-smi shows here, such as "90"; none without one."""
+    """Compute capabilities of the GPUs that nvidia-smi shows here, such as "90", as far as the kernels run on them."""
     try:
         command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
     found = {line.strip().replace(".", "") for line in done.stdout.splitlines()} if done.returncode == 0 else set()
-    return sorted(cap for cap in found if cap.isdigit())
+    return sorted((cap for cap in found if cap.isdigit() and int(cap) >= LEAST_ARCHITECTURE), key=int)
 
 
 def cuda_compiler() -> list[str]:
@@ -167,9 +168,9 @@ def cuda_compiler() -> list[str]:
 
 
 def architecture_flags(architectures: list[str]) -> list[str]:
-    """Machine code for each, and PTX of the last, from which a driver compiles for cards that came later."""
+    """Machine code for each, and PTX of the first and the last, from which a driver compiles for all others."""
     codes = [f"arch=compute_{cap},code=sm_{cap}" for cap in architectures]
-    codes.append(f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    codes += [f"arch=compute_{cap},code=compute_{cap}" for cap in dict.fromkeys((architectures[0], architectures[-1]))]
     return [part for code in codes for part in ("-gencode", code)]
 
 

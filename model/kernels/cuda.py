@@ -28,6 +28,7 @@ from model.kernels.tensors import (
 
 LIBRARY = Path(__file__).parents[2] / "build" / "kernels" / "libencnet_cuda.so"
 CUDA_ERROR = 100  # ENCNET_CUDA_ERROR of encoding_cuda.h
+LEAST_CAPABILITY = (8, 0)
 
 _log = logging.getLogger(__name__)
 
@@ -66,12 +67,28 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def usable(x: Tensor, codewords: Tensor, scale: Tensor) -> bool:
-    """Whether the kernels take these: on one GPU, x float32, float16 or bfloat16, parameters not wider than float32."""
+    """Whether the kernels take these: on one GPU that is `capable`, x float32, float16 or bfloat16, and parameters not
+    wider than float32."""
     return (
         all(tensor.device == x.device and tensor.dtype in DTYPES for tensor in (x, codewords, scale))
         and codewords.numel() > 0
         and library() is not None
+        and capable(x.device.index)
     )
+
+
+@functools.cache
+def capable(device: int) -> bool:
+    """Whether the kernels run on this GPU; where they do not, one logged line says so."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        _log.warning(
+            "the Encoding kernel for CUDA needs compute capability %d.%d, GPU %d has %d.%d; its PyTorch twin is used",
+            *LEAST_CAPABILITY,
+            device,
+            *capability,
+        )
+    return capability >= LEAST_CAPABILITY
 
 
 def queue(x: Tensor) -> tuple[int, int]:

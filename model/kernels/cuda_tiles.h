@@ -771,7 +771,9 @@ KERNEL(THREADS, 1) encode_backward_tiles(const Task task) {
             __syncthreads();
             accumulate<Element, CHANNELS_LAST, false>(sums, tile, shared.weights, T / Fragments<Element>::DEPTH, groups,
                                                       warp, lane);
-            // This warp's channels of the tile become their gradient; no other warp reads them any more.
+            // This warp's channels of the tile become their gradient; no other warp reads them any more, and none of its
+            // own lanes does.
+            __syncwarp();
             float gradient[MINE][T / 8][4] = {};
             accumulate<Element, true, true>(gradient, shared.codes, shared.weights, 2 * K / Fragments<Element>::DEPTH,
                                             groups, warp, lane);

@@ -9,6 +9,17 @@
 
 namespace {
 
+const int LEAST_MAJOR = 8;                     // of the compute capability
+const uint64_t KEPT_BYTES = uint64_t(64) << 20;  // of workspace, between two runs
+
+// A pool gives all its memory back to the driver whenever the stream is waited for, unless told otherwise.
+cudaError_t keep_workspace(int device) {
+    cudaMemPool_t pool = nullptr;
+    uint64_t kept = KEPT_BYTES;
+    if (cudaError_t error = cudaDeviceGetDefaultMemPool(&pool, device)) return error;
+    return cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept);
+}
+
 OrtStatus *compute_on_cuda(void *self, OrtKernelContext *context) {
     const Kernel &kernel = *static_cast<Kernel *>(self);
     Call call;
@@ -23,7 +34,9 @@ OrtStatus *compute_on_cuda(void *self, OrtKernelContext *context) {
     cudaError_t error = cudaPointerGetAttributes(&place, call.encoded);
     cuda.device = place.device;
     int status = error ? ENCNET_CUDA_ERROR + error : encnet_cuda_workspace(&call.sizes, &call.x, cuda.device, 0, &bytes);
-    if (!status && bytes) {  // from the stream's own pool, and given back in the stream's order
+    if (!status && bytes) {  // from the device's pool, and given back in the stream's order
+        static const cudaError_t kept = keep_workspace(cuda.device);
+        (void)kept;  // without it runs are slower, and no less right
         error = cudaMallocAsync(&cuda.workspace, size_t(bytes), static_cast<cudaStream_t>(stream));
         if (error) status = ENCNET_CUDA_ERROR + error;
     }
@@ -39,5 +52,12 @@ OrtStatus *compute_on_cuda(void *self, OrtKernelContext *context) {
 const Op OPS[] = {encoding_op("CUDAExecutionProvider", compute_on_cuda),
                   encoding_op("CPUExecutionProvider", compute_on_cpu)};
 const int OP_COUNT = 2;
+
+// Where there is no GPU at all the op for CPUs is the one that runs.
+const char *host_trouble() {
+    int device = 0, major = LEAST_MAJOR;
+    if (!cudaGetDevice(&device)) cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    return major < LEAST_MAJOR ? "its CUDA kernels need a GPU of compute capability 8.0 or later" : nullptr;
+}
 
 }  // namespace

@@ -7,4 +7,6 @@ namespace {
 const Op OPS[] = {encoding_op("CPUExecutionProvider", compute_on_cpu)};
 const int OP_COUNT = 1;
 
+const char *host_trouble() { return nullptr; }
+
 }  // namespace

@@ -182,6 +182,9 @@ Op encoding_op(const char *provider, OrtStatus *(*compute)(void *kernel, OrtKern
 extern const Op OPS[];
 extern const int OP_COUNT;
 
+// Why the host cannot run the op on this machine; null where it can.
+const char *host_trouble();
+
 // The op in its domain; null where ONNX Runtime refuses it.
 OrtCustomOpDomain *make_domain(const Ort &ort) {
     OrtCustomOpDomain *domain = nullptr;
@@ -199,6 +202,7 @@ extern "C" ENCNET_API OrtStatus *RegisterCustomOps(OrtSessionOptions *options, c
     const OrtApi *api = base->GetApi(ORT_VERSION);
     if (!api) return nullptr;  // an older ONNX Runtime: the file's own function runs
     const Ort ort{api};
+    if (const char *trouble = host_trouble()) return ort.error(ORT_FAIL, trouble);
     static OrtCustomOpDomain *const domain = make_domain(ort);
     return domain ? ort.add_domain(options, domain) : ort.error(ORT_FAIL, "encnet::Encoding cannot be registered");
 }

@@ -303,6 +303,11 @@ inline void __syncthreads() {
     for (int thread = 0; thread < threads; ++thread) fiber_of(block, unsigned(thread)).state = READY;
 }
 
+inline void __syncwarp() {
+    int nothing = 0;
+    emulation::together<int>(nothing, [](int *(&)[32]) {});
+}
+
 inline float shuffle(float value, int distance) {
     emulation::Shuffle mine{value, 0, distance};
     emulation::together<emulation::Shuffle>(mine, [](emulation::Shuffle *(&lanes)[32]) {

@@ -68,6 +68,42 @@ def test_speed_measures_every_contender_and_judges_it(monkeypatch):
     assert [wrong for name, wrong in judged.checks.items() if "the twin" in name] == ["0.90x", "0.90x"]
 
 
+def test_what_cannot_be_measured_is_told(monkeypatch):
+    def broken(*given):
+        raise RuntimeError("CUDA failed: invalid argument")
+
+    monkeypatch.setattr(gpu_parts, "encode", broken)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
+    report = gpu_parts.Report()
+    gpu_parts.speed("cpu", report, batch=1, positions=(30,), channels=16, rounds=1, copies=1)
+    assert failed(report)["ours runs: forward, bfloat16 contiguous B=1 N=30"] == "CUDA failed: invalid argument"
+    assert "the compiled, forward, bfloat16 contiguous B=1 N=30: CUDA failed: invalid argument" in report.not_run
+    row = {"ours_failed": "no graph", "ours_ms": 1.0}
+    gpu_parts.add_share(row, 10, 10)
+    assert "share_percent" not in row, "a call's own time is not the GPU's"
+
+
+def test_what_a_sanitizer_finds_first_is_kept(monkeypatch):
+    words = "\n".join(["========= Invalid read", *(f"line {i}" for i in range(50)), "========= 1 error"])
+    kept = gpu_check.excerpt(words).splitlines()
+    assert kept[:2] == ["========= Invalid read", "========= 1 error"]
+    assert kept[-1] == "line 49" and len(kept) == 2 + 14
+
+    def child(name, device, seconds, before):
+        timed_out = "memcheck" not in before
+        checks = {"sanitized ends": "not within 1 seconds"} if timed_out else {"sanitized ends well": "exit status 9"}
+        return {**gpu_check.empty(), "checks": checks | {"equals the twin": "error"}, "printed": f"of {before[2]}"}
+
+    monkeypatch.setattr(gpu_check, "child", child)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
+    part = gpu_check.sanitizer("cpu", 2)
+    tools = gpu_check.SANITIZER_TOOLS
+    assert all(part["checks"][f"{tool}: equals the twin"] == "error" for tool in tools), "also of one that was ended"
+    assert part["checks"]["memcheck: sanitized ends well"] == "exit status 9"
+    assert part["not_run"] == [f"{gpu_check.SANITIZER} {tool} did not end in time" for tool in tools[1:]]
+    assert all(f"--- {tool}\nof {tool}" in part["printed"] for tool in tools)
+
+
 def test_overhead_memory_and_onnx_runtime_run_on_the_cpu():
     report = gpu_parts.Report()
     gpu_parts.overhead("cpu", report, rounds=10)

@@ -360,3 +360,33 @@ def test_sanitizers_find_nothing(tmp_path):
     done = subprocess.run([str(driver)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "baseline" in done.stdout
+
+
+# ---- GPUs
+
+
+def test_a_gpu_before_sm_80_has_the_twin(monkeypatch, caplog):
+    for capability, runs in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, found=capability: found)
+        kernels.cuda.capable.cache_clear()
+        assert kernels.cuda.capable(0) == runs
+    kernels.cuda.capable.cache_clear()
+    assert caplog.messages == [
+        "the Encoding kernel for CUDA needs compute capability 8.0, GPU 0 has 7.5; its PyTorch twin is used"
+    ]
+
+
+def test_what_is_compiled_for_gpus(monkeypatch):
+    def shown(text):
+        done = subprocess.CompletedProcess([], 0, stdout=text)
+        monkeypatch.setattr(build.subprocess, "run", lambda *given, **options: done)
+        return build.visible_architectures()
+
+    assert shown("9.0\n10.0\n9.0\n") == ["90", "100"]
+    assert shown("7.5\n") == []
+    codes = build.architecture_flags(["80", "90", "120"])[1::2]
+    assert codes == [
+        *(f"arch=compute_{cap},code=sm_{cap}" for cap in (80, 90, 120)),
+        *(f"arch=compute_{cap},code=compute_{cap}" for cap in (80, 120)),
+    ]
+    assert build.architecture_flags(["90"])[1::2] == ["arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
