@@ -16,8 +16,8 @@
 Segmenting changes nothing on the server, so a request is sent again when the server is too busy (429) or not ready
 (503), after the time that its Retry-After names; and when it names none, the connection fails, or a proxy says that
 its server failed (a 5xx that is not in the service's own words), after pauses that double, a few times. All attempts
-together end at the client's timeout; the blocking client looks at it between two reads or writes, and one that stalls is
-given up after as long again at most.
+together end at the client's timeout; the blocking client looks at it between two reads or writes, and gives up one that
+stalls after as long again at most.
 """
 
 import asyncio
