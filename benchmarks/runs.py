@@ -97,22 +97,26 @@ def call(module: str, words: list[str], seconds: float) -> int | None:
         return None
 
 
-def call_until(until: float, what: str, module: str, words: list[str]) -> None:
-    """Run `python -m module` with these words, which should be done by `time.monotonic()` until.
+def call_until(until: float, what: str, module: str, words: list[str], hangs: bool = True) -> bool:
+    """Run `python -m module` with these words, ended HANG_SECONDS after `time.monotonic()` until; whether it was done.
 
-    Raises RunError, which calls it `what`, where it fails, or hangs: then it is ended HANG_SECONDS after its time.
+    Raises RunError, which calls it `what`, where it fails, and where it `hangs` when it is not done by then.
     """
     status = call(module, words, until - time.monotonic() + HANG_SECONDS)
+    if status is None and not hangs:
+        print(f"{what} was ended with the time; it begins again", flush=True)
+        return False
     if status != 0:
         ended = "hung and was ended" if status is None else f"failed with exit status {status}"
         raise RunError(f"{what} {ended}")
+    return True
 
 
 def advance(job: Job, root: Path, until: float) -> bool:
     """Go on with a job until it is finished or, by `time.monotonic()`, the time is up; whether it is finished.
 
     Training is told to save and stop in time and goes on from there at the next call. Raises RunError where the
-    data are missing or a command fails; one that hangs is ended HANG_SECONDS after its time.
+    data are missing or a command fails, and where training hangs, which is ended HANG_SECONDS after its time.
     """
     if not job.data.is_dir():
         raise RunError(f"{job.name}: {job.data}: no such data folder")
@@ -132,7 +136,8 @@ def advance(job: Job, root: Path, until: float) -> bool:
             words = [str(folder / "final.pt"), "--data", data, "--output", str(folder / step), *job.views[step]]
             if layout := job.recipe().layout:
                 words += ["--layout", layout]
-        call_until(until, f"{job.name}: {step}", module, words)
+        if not call_until(until, f"{job.name}: {step}", module, words, hangs=step == "training"):
+            return False
         if step == "training" and not (folder / "final.pt").exists():
             return False
     return True

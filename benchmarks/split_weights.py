@@ -8,6 +8,7 @@ Beside the parts lies manifest.json with the name, size and SHA-256 of the whole
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from model.files import replacing
 
 PART_BYTES = 15_000_000
 MANIFEST = "manifest.json"
+PART = re.compile(r"\.part\d{3,}$")
 
 
 class PartsError(ValueError):
@@ -31,8 +33,7 @@ def split(file: Path, folder: Path, part_bytes: int = PART_BYTES) -> list[Path]:
     """Write the file's parts and their manifest into the folder, instead of any parts that it has; the parts' paths."""
     content = file.read_bytes()
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.part*"):
-        old.unlink()
+    before = {path for path in folder.iterdir() if PART.search(path.name)}
     parts, entries = [], []
     for number, start in enumerate(range(0, max(len(content), 1), part_bytes)):
         part = folder / f"{file.name}.part{number:03}"
@@ -42,6 +43,8 @@ def split(file: Path, folder: Path, part_bytes: int = PART_BYTES) -> list[Path]:
         entries.append(entry(part.name, content[start : start + part_bytes]))
     with replacing(folder / MANIFEST) as target:
         target.write(json.dumps(entry(file.name, content) | {"parts": entries}, indent=1).encode() + b"\n")
+    for old in before.difference(parts):
+        old.unlink()
     return parts
 
 

@@ -22,9 +22,10 @@ from rich.progress import Progress, track
 from benchmarks.command import add_output, commit, hardware, option_parser
 from export.core import core_model
 from export.whole import whole_model
+from model.arguments import at_least_one
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
-from model.evaluation import Options, evaluate
+from model.evaluation import EvaluationError, Options, check_classes, evaluate
 from model.files import replacing
 from model.metrics import mean_iou, pixel_accuracy
 
@@ -79,16 +80,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
     parser.add_argument(
-        "--rounds", type=int, default=20, metavar="N", help="timings of each network (default: %(default)s)"
+        "--rounds", type=at_least_one, default=20, metavar="N", help="timings of each network (default: %(default)s)"
     )
     add_output(parser, "stride.json")
     options = parser.parse_args()
     try:
         checkpoint = load_checkpoint(options.checkpoint)
         data = open_dataset(options.data, options.split)
-    except (CheckpointError, DataError) as error:
+        check_classes(checkpoint, data)
+        times = milliseconds({stride: session_at(checkpoint, stride) for stride in (8, 16)}, options.rounds)
+        figures = {stride: accuracy(checkpoint, stride, data) for stride in times}
+    except (CheckpointError, DataError, EvaluationError) as error:
         parser.error(str(error))
-    times = milliseconds({stride: session_at(checkpoint, stride) for stride in (8, 16)}, options.rounds)
     medians = {stride: statistics.median(values) for stride, values in times.items()}
     result: dict[str, Any] = {
         "command": f"python -m benchmarks.stride CHECKPOINT --data DIR --split {options.split}",
@@ -98,8 +101,7 @@ def main() -> None:
         "hardware": hardware(),
         "onnxruntime": onnxruntime.__version__,
         "strides": {
-            str(stride): {"median_ms": round(medians[stride], 1), **accuracy(checkpoint, stride, data)}
-            for stride in medians
+            str(stride): {"median_ms": round(median, 1), **figures[stride]} for stride, median in medians.items()
         },
         "time_ratio_8_over_16": round(medians[8] / medians[16], 2),
     }

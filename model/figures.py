@@ -32,10 +32,12 @@ class Sample(NamedTuple):
 
 
 def colourise(mask: numpy.ndarray, palette: Sequence[Sequence[int]]) -> numpy.ndarray:
-    """Labels (H, W) uint8 -> uint8 (H, W, 3); 255 and labels beyond the palette become VOC's beige."""
-    table = numpy.full((256, 3), VOID, dtype=numpy.uint8)
-    colours = numpy.asarray(palette, dtype=numpy.uint8)[:IGNORE]
+    """Labels (H, W) -> uint8 (H, W, 3); those beyond the palette, and 255 where they are uint8, become VOC's beige."""
+    colours = numpy.asarray(palette, dtype=numpy.uint8)
+    table = numpy.full((max(256, len(colours)), 3), VOID, dtype=numpy.uint8)
     table[: len(colours)] = colours
+    if mask.dtype == numpy.uint8:
+        table[IGNORE] = VOID
     return table[mask]
 
 

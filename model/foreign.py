@@ -70,6 +70,11 @@ def read_foreign(document: Mapping[str, Any]) -> Foreign:
     if numbers:
         raise ValueError(f"single numbers where tensors belong: {listing(numbers)}")
     config = infer_config(weights, align_corners=source == PYTORCH_ENCODING)
+    if source == MMSEGMENTATION and "backbone.layer1.0.conv3.weight" not in weights:
+        raise ValueError(
+            f"an EncNet of {source} on ResNet-18 or -34, which dilates only the first convolution of a block where "
+            "networks here dilate both; its weights would compute something else"
+        )
     meta = document.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     classes, palette = described_classes(meta, config.num_classes)

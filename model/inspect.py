@@ -47,7 +47,7 @@ class InspectError(ValueError):
 class Scene:
     """One picture as the network sees it.
 
-    mask: uint8 (H, W); presence: (C,) in 0..1; assignments: (K, h, w), which sum to 1 over the codes;
+    mask: int64 (H, W); presence: (C,) in 0..1; assignments: (K, h, w), which sum to 1 over the codes;
     gates: (D,) in 0..1; effects: (C, D), how much each channel's gate raises each class's logit, see `gate_effects`.
     """
 
@@ -87,7 +87,7 @@ def look(model: EncNet, checkpoint: Checkpoint, image: numpy.ndarray) -> Scene:
     weights = assignments(projected, context.encoding.codewords, context.encoding.scale)
     gates = torch.sigmoid(context.gate(context.encode_scene(features)))
     return Scene(
-        mask=answer.probabilities[0].argmax(0).numpy().astype(numpy.uint8),
+        mask=answer.probabilities[0].argmax(0).numpy(),
         presence=answer.presence[0].numpy(),
         assignments=weights[0].T.unflatten(1, projected.shape[-2:]).numpy(),
         gates=gates[0].numpy(),

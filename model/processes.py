@@ -16,13 +16,13 @@ def group_id() -> str:
 
 
 def restarted(last_group: str) -> bool:
-    """Whether this group has run before: by torchrun's count, or by the ID in the run's last checkpoint.
+    """Whether a run's last checkpoint, which names the group that wrote it, is of this group before a restart.
 
-    The count is that of a node, which stays 0 where a process of another node failed.
+    torchrun's count of restarts tells groups without an ID apart; it is that of a node, which stays 0 where a process
+    of another node failed.
     """
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 or (
-        last_group == group_id() and last_group not in NO_ID
-    )
+    counted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return last_group == group_id() and (counted or last_group not in NO_ID)
 
 
 def init_process_group(backend: str) -> None:

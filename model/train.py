@@ -42,6 +42,7 @@ from model.encnet import EncNet
 from model.evaluation import Evaluation, Options, evaluate
 from model.figures import sample_row
 from model.fine_tuning import frozen_parts, hold, parameter_groups
+from model.layouts.split import BrokenList
 from model.losses import Losses, encnet_loss
 from model.metrics import mean_iou, pixel_accuracy
 from model.pictures import TrainingCrops, in_memory
@@ -49,6 +50,7 @@ from model.predict import normalise
 from model.processes import group_id, init_process_group, restarted
 from model.progress import training_progress
 from model.recipe import Recipe, RecipeError, continued, options_table, read_recipe
+from model.weights import are_finite
 from model.wording import first_line, listing
 
 if TYPE_CHECKING:
@@ -227,11 +229,10 @@ class Run:
     def check_finite(self, losses: Losses) -> None:
         """Raise RecipeError where the last step's loss or a weight is NaN or infinite; waits for a GPU."""
         loss = losses.total.item()
-        weights = [value for value in self.network.state_dict().values() if value.is_floating_point()]
         advice = "lower learning_rate, raise warmup or set clip"
         if not math.isfinite(loss):
             raise RecipeError(f"the loss is {loss} at step {self.step}: {advice}")
-        if not torch.stack([value.isfinite().all() for value in weights]).all():
+        if not are_finite(self.network.state_dict()):
             raise RecipeError(f"weights are NaN or infinite at step {self.step}: {advice}")
 
     def start_from(self, checkpoint: Checkpoint) -> None:
@@ -484,7 +485,7 @@ def check_data(root: Path, console: Console, layout: str) -> int:
         try:
             data = open_dataset(root, split, layout)
         except DataError as error:
-            if split == "test":
+            if split == "test" and not isinstance(error, BrokenList):
                 continue
             console.print(str(error), highlight=False, soft_wrap=True)
             return 1

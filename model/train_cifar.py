@@ -28,7 +28,7 @@ from model.pictures import send
 from model.predict import normalise
 from model.progress import training_progress
 from model.recipe import RecipeError, continued, option, options_table, read_recipe
-from model.weights import CheckpointError
+from model.weights import CheckpointError, are_finite
 
 BOOKKEEPING = {"log_every", "save_every", "evaluate_every"}
 EVALUATION_BATCH = 500
@@ -130,6 +130,13 @@ class CifarRun:
         }
         save_cifar(path, self.checkpoint(training))
 
+    def check_finite(self, loss: Tensor) -> None:
+        """Raise RecipeError where the last step's loss or a weight is NaN or infinite; waits for a GPU."""
+        if not math.isfinite(loss):
+            raise RecipeError(f"the loss is {float(loss)} at step {self.step}: lower learning_rate")
+        if not are_finite(self.network.state_dict()):
+            raise RecipeError(f"weights are NaN or infinite at step {self.step}: lower learning_rate")
+
     def restore(self, checkpoint: CifarCheckpoint) -> None:
         """Go on where another process saved."""
         assert checkpoint.training is not None
@@ -178,9 +185,8 @@ def train(run: CifarRun, out: Path, console: Console) -> None:
             loss = run.train_step([index for _, index in keys])
             epoch = -(-run.step // run.steps_per_epoch)
             if run.step % recipe.log_every == 0:
+                run.check_finite(loss)
                 value = float(loss)
-                if not math.isfinite(value):
-                    raise RecipeError(f"the loss is {value} at step {run.step}: lower learning_rate")
                 rate = (run.step - since_step) * recipe.batch / (time.monotonic() - since)
                 since, since_step = time.monotonic(), run.step
                 progress.update(bar, completed=run.step, epoch=epoch, loss=value, rate=rate)
@@ -198,6 +204,7 @@ def train(run: CifarRun, out: Path, console: Console) -> None:
                 writer.add_scalar("test_error", error, run.step)
                 since, since_step = time.monotonic(), run.step
             if run.step % recipe.save_every == 0 or run.step == run.steps:
+                run.check_finite(loss)
                 run.save(out / "last.pt")
     save_cifar(out / "final.pt", run.checkpoint())
     writer.close()

@@ -41,6 +41,11 @@ class CheckpointError(ValueError):
     """A file that is no usable checkpoint; the message says what is wrong with it."""
 
 
+def are_finite(state: Mapping[str, Tensor]) -> bool:
+    """Whether no floating-point tensor has a NaN or an infinity; on a GPU it is waited for once."""
+    return bool(torch.stack([value.isfinite().all() for value in state.values() if value.is_floating_point()]).all())
+
+
 def read_pickle(path: Path) -> Any:
     """The object in a .pt / .pth file, tensors on the CPU; code in the file is never run.
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from model.layouts.split import (
+    BrokenList,
     DataError,
     LabelRule,
     Layout,
@@ -93,13 +94,13 @@ def list_segnet_split(root: Path, split: str) -> Split:
         if not fields:
             continue
         if len(fields) != 2:
-            raise DataError(f'{listing}: line {number} must be "picture label", found {line!r}')
+            raise BrokenList(f'{listing}: line {number} must be "picture label", found {line!r}')
         picture, label = (root.joinpath(*Path(field).parts[-2:]) for field in fields)
         pairs.append((picture, label))
     if not pairs:
-        raise DataError(f"{listing}: the split is empty")
+        raise BrokenList(f"{listing}: the split is empty")
     if twice := repeated(str(picture) for picture, _ in pairs):
-        raise DataError(f"{listing}: a split has every picture once, found {', '.join(twice)} more than once")
+        raise BrokenList(f"{listing}: a split has every picture once, found {', '.join(twice)} more than once")
     return Split(NAMES, PALETTE, [picture.stem for picture, _ in pairs], pairs, SEGNET_RULE)
 
 

@@ -18,6 +18,10 @@ class DataError(ValueError):
     """A data set that breaks a rule; the message names the file and the rule."""
 
 
+class BrokenList(DataError):
+    """A list of a split's pictures that is there, and breaks a rule."""
+
+
 @dataclass(frozen=True)
 class LabelRule:
     """What raw labels mean.
@@ -49,7 +53,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text: {error}") from error
+        raise BrokenList(f"{path}: not readable as UTF-8 text: {error}") from error
 
 
 def read_image(path: Path, kind: str) -> Image.Image:
@@ -162,9 +166,9 @@ def read_ids(path: Path) -> list[str]:
         raise DataError(f"{path}: no such split file (one picture ID per line)")
     ids = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
     if not ids:
-        raise DataError(f"{path}: the split is empty")
+        raise BrokenList(f"{path}: the split is empty")
     if twice := repeated(ids):
-        raise DataError(f"{path}: a split has every picture once, found {', '.join(twice)} more than once")
+        raise BrokenList(f"{path}: a split has every picture once, found {', '.join(twice)} more than once")
     return ids
 
 

@@ -13,7 +13,7 @@ from model.calibration import Calibration
 from model.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from model.config import ModelConfig
 from model.encnet import EncNet
-from model.foreign import MMSEGMENTATION, inverse, rename, renaming
+from model.foreign import PYTORCH_ENCODING, inverse, rename, renaming
 from model.predict import predict
 
 CONFIG = ModelConfig(num_classes=3, backbone="resnet18", channels=8, codewords=2, auxiliary=False)
@@ -182,17 +182,17 @@ def test_the_train_split_is_no_choice(checkpoint, data, capsys):
 
 def test_a_published_file_is_not_replaced(data, tmp_path, capsys):
     """A foreign checkpoint can be calibrated, into a file of our own format."""
-    table = inverse(renaming(MMSEGMENTATION, deep_stem=False))
+    table = inverse(renaming(PYTORCH_ENCODING, deep_stem=False))
     theirs = {rename(key, table): value for key, value in make_checkpoint().weights.items()}
     path = tmp_path / "published.pth"
-    torch.save({"state_dict": theirs, "meta": {"CLASSES": ("road", "sky", "car")}}, path)
+    torch.save({"state_dict": theirs}, path)
     for folder, name in (("images", "val0"), ("images", "val1"), ("labels", "val0"), ("labels", "val1")):
         with Image.open(data / folder / f"{name}.png") as square:
             narrow = square.resize((64, 8)).crop((0, 3, 64, 5))  # at this format's base size still a small view
         narrow.save(data / folder / f"{name}.png")
     (data / "splits" / "val.txt").write_text("val0\nval1")
     before = path.read_bytes()
-    assert "would replace a checkpoint in mmsegmentation's format" in refused(
+    assert "would replace a checkpoint in PyTorch-Encoding's format" in refused(
         capsys, path, "--data", data, "--out", path
     )
     assert path.read_bytes() == before

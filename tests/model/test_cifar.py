@@ -1,6 +1,7 @@
 """The paper's CIFAR-10 classifier: its size, its layers, its data, its training."""
 
 import io
+import math
 import os
 import pickle
 from pathlib import Path
@@ -257,6 +258,24 @@ def test_resume_in_mid_epoch_is_exact(data, tmp_path, monkeypatch):
     assert all(
         torch.equal(moments[0][key]["momentum_buffer"], moments[1][key]["momentum_buffer"]) for key in moments[0]
     )
+
+
+def test_a_run_that_diverges_leaves_the_last_good_checkpoint(data, tmp_path, monkeypatch, capsys):
+    given = ["--data", str(data), "--out", str(tmp_path / "run"), *TINY, "log_every=1000", "save_every=1"]
+    step = train_cifar.CifarRun.train_step
+
+    def train_step(run, indices):
+        loss = step(run, indices)
+        if run.step == 2:
+            with torch.no_grad():
+                next(run.network.parameters()).fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(train_cifar.CifarRun, "train_step", train_step)
+    assert train_cifar.main(given) == 2
+    assert "weights are NaN or infinite at step 2: lower learning_rate" in capsys.readouterr().err
+    assert load_cifar(tmp_path / "run" / "last.pt").step == 1
+    assert not (tmp_path / "run" / "final.pt").exists()
 
 
 def test_the_learning_rate_is_a_cosine_over_all_steps(data):

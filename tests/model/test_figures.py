@@ -21,6 +21,9 @@ def test_colourise():
     assert picture.dtype == numpy.uint8
     assert picture.tolist() == [[PALETTE[0], PALETTE[1]], [list(VOID), PALETTE[0]]]
     assert colourise(numpy.array([[7]], dtype=numpy.uint8), PALETTE).tolist() == [[list(VOID)]]
+    many = [[index // 256, index % 256, 9] for index in range(300)]
+    assert colourise(numpy.array([[255, 299]]), many).tolist() == [[[0, 255, 9], [1, 43, 9]]]
+    assert colourise(numpy.array([[255]], dtype=numpy.uint8), many).tolist() == [[list(VOID)]]
 
 
 def test_a_sample_row_is_picture_truth_prediction():

@@ -206,8 +206,14 @@ def test_the_same_logits_as_the_specification(tmp_path, source, keys, stem, back
     torch.testing.assert_close(aux.double(), auxiliary, **tolerance)
 
 
-@pytest.mark.parametrize("source", [PYTORCH_ENCODING, MMSEGMENTATION])
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet50s", "resnet50c", "resnet101s"])
+BOTTLENECKS = ("resnet50", "resnet50s", "resnet50c", "resnet101s")
+
+
+@pytest.mark.parametrize(
+    ("source", "backbone"),
+    [(source, backbone) for source in (PYTORCH_ENCODING, MMSEGMENTATION) for backbone in BOTTLENECKS]
+    + [(PYTORCH_ENCODING, "resnet18"), (PYTORCH_ENCODING, "resnet34")],
+)
 @pytest.mark.parametrize("lateral", [False, True])
 def test_every_key_is_renamed_there_and_back(source, backbone, lateral):
     config = ModelConfig(150, backbone, lateral=lateral, align_corners=source == PYTORCH_ENCODING)
@@ -218,6 +224,12 @@ def test_every_key_is_renamed_there_and_back(source, backbone, lateral):
         assert set(found.weights) == set(EncNet(config).state_dict())
     back = inverse(found.table)
     assert {rename(key, back) for key in found.weights} == set(theirs)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34"])
+def test_mmsegmentations_basic_blocks_are_refused_as_they_dilate_otherwise(backbone):
+    with pytest.raises(ValueError, match="dilates only the first convolution of a block"):
+        read_foreign(zeros(ModelConfig(150, backbone), MMSEGMENTATION))
 
 
 def test_authors_encnet_50s_with_lateral_connections_has_381_keys():

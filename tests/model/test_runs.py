@@ -67,6 +67,18 @@ def test_a_job_in_processes_of_its_own_goes_on_where_its_time_was_up(data, tmp_p
         runs.advance(broken, tmp_path, math.inf)
 
 
+def test_an_evaluation_that_its_piece_is_too_short_for_begins_again_in_the_next(data, tmp_path, monkeypatch, capsys):
+    job = runs.Job("one", data / "camvid", gpu_train.RECIPES / "ablation-camvid.toml", (), {"test": ()})
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "final.pt").touch()
+    monkeypatch.setattr(runs, "call", lambda *given: None)
+    assert not runs.advance(job, tmp_path, time.monotonic() + 600)
+    assert "one: test was ended with the time; it begins again" in capsys.readouterr().out
+    (tmp_path / "one" / "final.pt").unlink()
+    with pytest.raises(runs.RunError, match="one: training hung and was ended"):
+        runs.advance(job, tmp_path, time.monotonic() + 600)
+
+
 def test_a_command_that_hangs_is_ended():
     assert runs.call("timeit", ["-n1", "-r1", "import time; time.sleep(60)"], 2) is None
 

@@ -30,6 +30,15 @@ def test_splitting_again_leaves_no_old_parts(weights, tmp_path):
     assert PART_BYTES <= 15_000_000
 
 
+def test_splitting_touches_nothing_else(weights, tmp_path):
+    others = [tmp_path / "best.part1.pt", tmp_path / "notes.partial.txt"]
+    for path in others:
+        path.write_bytes(b"mine")
+    split(others[0], tmp_path)
+    assert all(path.read_bytes() == b"mine" for path in others)
+    assert (tmp_path / "best.part1.pt.part000").exists()
+
+
 def test_damage_is_told(weights, tmp_path, capsys):
     folder, joined = tmp_path / "parts", str(tmp_path / "joined.pt")
     second = split(weights, folder, 1000)[1]

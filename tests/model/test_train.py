@@ -15,6 +15,7 @@ from model.checkpoint import build_model, load_checkpoint
 from model.config import ModelConfig
 from model.encnet import EncNet, Outputs
 from model.losses import encnet_loss
+from model.processes import restarted
 from model.recipe import Recipe, RecipeError, read_recipe
 from tests.model.folders import write_scenes
 
@@ -396,6 +397,29 @@ def test_check_data(tmp_path, capsys):
     assert "images/scene_0.png: not a readable picture" in capsys.readouterr().out
     assert train.main(["--data", str(tmp_path / "absent"), "--check-data"]) == 1
     assert "no such data folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("listed", "said"), [(b"", "is empty"), (b"a\na\n", "more than once"), (b"\xff", "UTF-8")])
+def test_a_broken_list_of_the_test_split_is_told_and_an_absent_one_is_not(tmp_path, capsys, listed, said):
+    root = write_scenes(tmp_path / "data")
+    (root / "splits" / "test.txt").write_bytes(listed)
+    assert train.main(["--data", str(root), "--check-data"]) == 1
+    assert said in capsys.readouterr().out
+    (root / "splits" / "test.txt").unlink()
+    assert train.main(["--data", str(root), "--check-data"]) == 0
+
+
+def test_a_restart_goes_on_with_its_own_run_only(monkeypatch):
+    for group, count, last_group, goes_on in (
+        ("a", "0", "a", True),  # a process of another node was restarted
+        ("none", "1", "none", True),
+        ("none", "0", "none", False),
+        ("a", "1", "b", False),
+        ("a", "1", "", False),  # a run without torchrun
+    ):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", group)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert restarted(last_group) == goes_on, (group, count, last_group)
 
 
 @pytest.mark.parametrize(
