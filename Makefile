@@ -46,7 +46,7 @@ lint: .venv/ready ## ruff and mypy
 	$(TEST_PYTHON) -m ruff format --check .
 	$(TEST_PYTHON) -m mypy
 
-train-camvid: .venv/ready ## train, evaluate and export the embedded model anew (DATA=, about three hours on two CPU cores)
+train-camvid: .venv/ready ## train, evaluate and export the embedded model anew (DATA=, about six hours on two CPU cores)
 	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid --config model/recipes/camvid-resnet18c.toml \
 		$(if $(wildcard runs/camvid/last.pt),--resume)
 	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid-second \
@@ -55,8 +55,11 @@ train-camvid: .venv/ready ## train, evaluate and export the embedded model anew 
 	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid-third \
 		--config model/recipes/camvid-resnet18c-third.toml \
 		$(if $(wildcard runs/camvid-third/last.pt),--resume,--initial runs/camvid-second/final.pt)
-	$(TEST_PYTHON) -m model.evaluate runs/camvid-third/final.pt --data $(DATA)/camvid --split test
-	$(TEST_PYTHON) -m export runs/camvid-third/final.pt --output runs/camvid-third/camvid.onnx --compact
+	$(TEST_PYTHON) -m model.train --data $(DATA)/camvid --out runs/camvid-fourth \
+		--config model/recipes/camvid-resnet18c-fourth.toml \
+		$(if $(wildcard runs/camvid-fourth/last.pt),--resume,--initial runs/camvid-third/final.pt)
+	$(TEST_PYTHON) -m model.evaluate runs/camvid-fourth/final.pt --data $(DATA)/camvid --split test --base-size 512
+	$(TEST_PYTHON) -m export runs/camvid-fourth/final.pt --output runs/camvid-fourth/camvid.onnx --compact --base-size 512
 
 clean: ## remove the virtual environments, kernels and caches (runs/ stays)
 	rm -rf build .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache
