@@ -22,6 +22,12 @@ def option_parser(name: str, description: str | None) -> argparse.ArgumentParser
     )
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a study of a network on a data set: a checkpoint and --data."""
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint that `python -m model.evaluate` reads")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
+
+
 def add_output(parser: argparse.ArgumentParser, name: str) -> None:
     """The option --output: a JSON file for the figures, by default of this name among the results."""
     text = f"file for the figures (default: benchmarks/results/{name})"

@@ -9,14 +9,13 @@ score tells pictures with a class from those without, the expected calibration e
 """
 
 import json
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.command import add_output, commit, hardware, option_parser
+from benchmarks.command import add_checkpoint, add_output, commit, hardware, option_parser
 from model.calibrate import comparison_table, figures
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
@@ -54,8 +53,7 @@ def study(checkpoint: Checkpoint, model: EncNet, data: SegmentationData) -> dict
 
 def main() -> None:
     parser = option_parser("presence_sources", __doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint that `python -m model.evaluate` reads")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
+    add_checkpoint(parser)
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
     add_output(parser, "presence-sources.json")
     options = parser.parse_args()

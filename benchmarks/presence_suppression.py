@@ -10,7 +10,6 @@ validation split, and the figure that counts is the test split's. Presence is ta
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -18,7 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.command import add_output, commit, hardware, option_parser
+from benchmarks.command import add_checkpoint, add_output, commit, hardware, option_parser
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
@@ -75,8 +74,7 @@ def chosen(val: dict[str, dict[str, float]], family: str) -> str:
 
 def main() -> None:
     parser = option_parser("presence_suppression", __doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint that `python -m model.evaluate` reads")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
+    add_checkpoint(parser)
     add_output(parser, "presence_suppression.json")
     options = parser.parse_args()
     try:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -19,7 +18,7 @@ import onnxruntime
 import torch
 from rich.progress import Progress, track
 
-from benchmarks.command import add_output, commit, hardware, option_parser
+from benchmarks.command import add_checkpoint, add_output, commit, hardware, option_parser
 from export.core import core_model
 from export.whole import whole_model
 from model.arguments import at_least_one
@@ -76,8 +75,7 @@ def accuracy(checkpoint: Checkpoint, stride: int, data: SegmentationData) -> dic
 
 def main() -> None:
     parser = option_parser("stride", __doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint that `python -m model.evaluate` reads")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
+    add_checkpoint(parser)
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
     parser.add_argument(
         "--rounds", type=at_least_one, default=20, metavar="N", help="timings of each network (default: %(default)s)"
