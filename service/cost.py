@@ -58,7 +58,7 @@ def work_of(
 
 def _view_pixels(long: int, short: int, target: float) -> int:
     """Pixels of a view whose long side is to be `target`, by the rule of the graph (its metadata has it in words)."""
-    view_long = math.ceil(target - _SIZE_TOLERANCE)
+    view_long = max(1, math.ceil(target - _SIZE_TOLERANCE))
     return view_long * max(1, (2 * short * view_long + long) // (2 * long))
 
 

@@ -39,13 +39,17 @@ class Settings(BaseSettings):
         default=2, ge=1, description="Pictures to run side by side on the CPU, which then share the threads."
     )
     gpu_memory_limit: int = Field(default=0, ge=0, description="Most bytes to take on the GPU; 0 is no limit.")
-    max_batch: int = Field(default=1, ge=1, le=64, description="Most waiting pictures of one shape to run together.")
+    max_batch: int = Field(
+        default=1, ge=1, le=64, description="Most waiting pictures of one shape, max_pixels in all, to run together."
+    )
 
     max_bytes: int = Field(default=20 * 2**20, ge=1, description="Largest picture file, in bytes.")
     max_pixels: int = Field(default=16_000_000, ge=1, le=PILLOW_PIXEL_GUARD, description="Largest picture, in pixels.")
     max_items: int = Field(default=32, ge=1, description="Most pictures in one request to /segment/batch.")
     max_buffered_bytes: int = Field(
-        default=512 * 2**20, ge=1, description="Most bytes of request bodies to hold at a time; beyond it, 429."
+        default=512 * 2**20,
+        ge=1,
+        description="Most bytes of request bodies to hold at a time: 429, or 413 to one alone.",
     )
     upload_timeout_ms: int = Field(default=60_000, ge=1, description="Time for a request's body to be there.")
     min_scale: float = Field(

@@ -9,7 +9,7 @@
 
 namespace {
 
-const int LEAST_MAJOR = 8;                     // of the compute capability
+const int LEAST_MAJOR = 8;                       // of the compute capability
 const uint64_t KEPT_BYTES = uint64_t(64) << 20;  // of workspace, between two runs
 
 // A pool gives all its memory back to the driver whenever the stream is waited for, unless told otherwise.
