@@ -2,8 +2,8 @@
 
 Each call goes on where the last one stopped. It begins nothing that --minutes leaves too little time for, training
 stops and saves in time, what hangs is ended soon after, and what fails (exit status 2) leaves the rest alone.
-The runs, in order: the best network for CamVid and for MSRC-21, CamVid without reference_positions and its comparison,
-and the ablation on both data sets. OUT/RUN holds a run as model.train and model.evaluate leave it; OUT/results is what
+The runs, in order: the best network for CamVid and for MSRC-21, what reference_positions gives the first of them, and
+the ablation on both data sets. OUT/RUN holds a run as model.train and model.evaluate leave it; OUT/results is what
 is worth carrying away, small files only: figures, curves, contact sheets and the ablation's tables of what is finished,
 and the best networks' weights in files of at most 15 MB (benchmarks/split_weights.py joins them).
 """
@@ -33,7 +33,7 @@ PIECE_MINUTES = 9.0
 COMPARISON_SECONDS = 120  # with less left of a piece the comparison is not begun
 SEEDS = 3
 MAIN = ("camvid", "msrc21")
-WITHOUT_FACTOR = "camvid-plain-sum"
+COMPARED = "camvid"
 COMPARISON = "reference-positions"
 VIEWS = {
     "test": ("--split", "test", "--batch", "8"),
@@ -43,10 +43,8 @@ FILES = ("curves.json", "curves.png", "test/evaluation.json", "test/contact_shee
 
 
 def main_jobs(data: Path, options: tuple[str, ...]) -> list[Job]:
-    """The runs whose weights are kept, and the one that is their comparison."""
-    best = [Job(name, data / name, RECIPES / f"{name}-gpu.toml", options, VIEWS) for name in MAIN]
-    words = (*options, "reference_positions=0")
-    return [*best, Job(WITHOUT_FACTOR, data / "camvid", RECIPES / "camvid-gpu.toml", words, VIEWS)]
+    """The runs whose weights are kept."""
+    return [Job(name, data / name, RECIPES / f"{name}-gpu.toml", options, VIEWS) for name in MAIN]
 
 
 def ablation_jobs(name: str, data: Path, options: tuple[str, ...]) -> dict[tuple[str, int], Job]:
@@ -58,23 +56,20 @@ def collect(job: Job, out: Path) -> None:
     target = out / "results" / job.name
     if (target / FILES[-1]).exists():
         return
-    if job.name in MAIN:
-        split(out / job.name / "final.pt", target / "weights")
+    split(out / job.name / "final.pt", target / "weights")
     for name in FILES:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(out / job.name / name, target / name)
 
 
 def compare_factor(data: Path, out: Path, until: float) -> None:
-    """What reference_positions gives, once both of its runs are finished and where there is time for it."""
+    """What reference_positions gives the finished run, where there is time for it."""
     output = out / "results" / f"{COMPARISON}.json"
-    files = [out / name / "final.pt" for name in ("camvid", WITHOUT_FACTOR)]
     if output.exists() or until - time.monotonic() < COMPARISON_SECONDS:
         return
-    if all(file.exists() for file in files):
-        words = [str(file.resolve()) for file in files]
-        words += ["--data", str((data / "camvid").resolve()), "--batch", "8", "--output", str(output.resolve())]
-        call_until(until, COMPARISON, "benchmarks.reference_positions", words)
+    words = [str((out / COMPARED / "final.pt").resolve()), "--data", str((data / COMPARED).resolve())]
+    words += ["--batch", "8", "--output", str(output.resolve())]
+    call_until(until, COMPARISON, "benchmarks.reference_positions", words)
 
 
 def piece(
@@ -96,7 +91,7 @@ def piece(
                     break
             if folder == out:
                 collect(job, out)
-            if job.name == WITHOUT_FACTOR:
+            if job.name == COMPARED:
                 compare_factor(data, out, until)
         except RunError as error:
             failed.append(str(error))

@@ -1,35 +1,41 @@
 """What reference_positions gives at sizes that the network was not trained at.
 
-    python -m benchmarks.reference_positions WITH.pt WITHOUT.pt --data camvid
+    python -m benchmarks.reference_positions CHECKPOINT --data DIR
 
-Two networks of one recipe, trained at one crop, with the factor and without it, on whole pictures from half to twice
-their usual size. A plot lies beside the figures.
+One network on whole pictures from half to twice their usual size, with the factor N_ref / N and with the plain sum. Its
+N_ref must be the number of positions in the crops that it was trained on, as in every recipe here that has one: then
+the factor was 1 in training, a run with the plain sum would have had the same weights, bit for bit
+(tests/model/test_train.py), and no second run is needed. A plot lies beside the figures.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_output, commit, option_parser
+from benchmarks.command import add_checkpoint, add_output, commit, option_parser
 from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
-from model.checkpoint import CheckpointError, build_model, load_checkpoint
+from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, open_dataset
 from model.evaluation import EvaluationError, Options, evaluate, totals
 from model.files import replacing
 from model.pictures import in_memory
 
 SCALES = (0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 1.75, 2.0)
-FIGURES = {"miou": "mIoU %", "pixel_accuracy": "pixel accuracy %", "presence_map": "presence mAP %"}
+FIGURES = {
+    "miou": "mIoU %",
+    "pixel_accuracy": "pixel accuracy %",
+    "presence_map": "presence mAP %",
+    "presence_ece": "presence ECE %",
+}
 
 
-def rows_of(path: Path, arguments: argparse.Namespace) -> tuple[float, str, list[dict[str, float]]]:
-    """The checkpoint's reference_positions and digest, and a row of figures for every scale."""
+def rows_of(checkpoint: Checkpoint, label: str, arguments: argparse.Namespace) -> list[dict[str, float]]:
+    """A row of figures for every scale."""
     device = choose_device(arguments.device)
-    checkpoint = load_checkpoint(path)
     data = in_memory(open_dataset(arguments.data, arguments.split))
     model = build_model(checkpoint).to(device)
     rows = []
@@ -37,16 +43,16 @@ def rows_of(path: Path, arguments: argparse.Namespace) -> tuple[float, str, list
         options = Options(split=arguments.split, scales=(scale,), base_size=checkpoint.base_size, batch=arguments.batch)
         found = totals(evaluate(checkpoint, model, data, options, device))
         rows.append({"scale": scale, **{key: float(found[key]) for key in FIGURES}})
-        print(f"{path}: scale {scale:g}, " + ", ".join(f"{FIGURES[k]} {100 * rows[-1][k]:.2f}" for k in FIGURES))
-    return checkpoint.config.reference_positions, checkpoint.sha256, rows
+        print(f"{label}: scale {scale:g}, " + ", ".join(f"{FIGURES[k]} {100 * rows[-1][k]:.2f}" for k in FIGURES))
+    return rows
 
 
 def plot(document: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(14, 3.8), layout="constrained")
     figure.suptitle(f"{document['data']}, {document['split']} split: whole pictures at other sizes than the crop's")
     for axes, (key, label) in zip(figure.subplots(1, len(FIGURES)), FIGURES.items(), strict=True):
         for name in ("with", "without"):
-            rows = document[name]["rows"]
+            rows = document[name]
             values = [100 * row[key] for row in rows]
             axes.plot([row["scale"] for row in rows], values, "o-", label=f"{name} the factor")
         axes.set_xlabel("scale")
@@ -58,9 +64,7 @@ def plot(document: dict[str, Any]) -> Figure:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = option_parser("reference_positions", __doc__)
-    parser.add_argument("with_factor", type=Path, metavar="WITH", help="checkpoint with reference_positions")
-    parser.add_argument("without_factor", type=Path, metavar="WITHOUT", help="checkpoint with reference_positions=0")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder")
+    add_checkpoint(parser)
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
     parser.add_argument(
         "--scales",
@@ -79,19 +83,22 @@ def main(arguments: list[str] | None = None) -> int:
     add_device(parser)
     add_output(parser, "reference-positions.json")
     options = parser.parse_args(arguments)
-    document: dict[str, Any] = {
-        "command": "python -m benchmarks.reference_positions",
-        "commit": commit(),
-        "data": options.data.resolve().name,
-        "split": options.split,
-    }
     try:
-        for name, path in (("with", options.with_factor), ("without", options.without_factor)):
-            if (load_checkpoint(path).config.reference_positions > 0) != (name == "with"):
-                raise EvaluationError(f"{path}: must be trained {name} reference_positions")
-        for name, path in (("with", options.with_factor), ("without", options.without_factor)):
-            factor, digest, rows = rows_of(path, options)
-            document[name] = {"reference_positions": factor, "sha256": digest, "rows": rows}
+        checkpoint = load_checkpoint(options.checkpoint)
+        if not checkpoint.config.reference_positions:
+            raise EvaluationError(f"{options.checkpoint}: no reference_positions to compare; train with (crop / 8)^2")
+        plain_sum = dataclasses.replace(checkpoint.config, reference_positions=0.0)
+        document: dict[str, Any] = {
+            "command": "python -m benchmarks.reference_positions",
+            "commit": commit(),
+            "data": options.data.resolve().name,
+            "split": options.split,
+            "sha256": checkpoint.sha256,
+            "base_size": checkpoint.base_size,
+            "reference_positions": checkpoint.config.reference_positions,
+            "with": rows_of(checkpoint, "with the factor", options),
+            "without": rows_of(dataclasses.replace(checkpoint, config=plain_sum), "without", options),
+        }
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(options.output) as file:
             file.write(json.dumps(document, indent=1).encode() + b"\n")

@@ -188,9 +188,6 @@ def test_deltas_pair_runs_of_one_seed():
 def test_the_comparison_is_begun_only_where_there_is_time_for_it(tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(runs, "call", lambda module, words, seconds: begun.append(seconds))
-    for name in ("camvid", gpu_train.WITHOUT_FACTOR):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "final.pt").touch()
     gpu_train.compare_factor(tmp_path, tmp_path, time.monotonic() + 60)
     assert not begun
     with pytest.raises(runs.RunError, match="reference-positions hung and was ended"):
@@ -205,13 +202,13 @@ def test_a_run_that_fails_leaves_the_others_alone(data, tmp_path, monkeypatch, c
         begun.append(job.name)
         if job.name == "camvid":
             raise runs.RunError("camvid: training failed with exit status 1")
-        return len(begun) < 3
+        return len(begun) < 4
 
     monkeypatch.setattr(gpu_train, "advance", fails_first)
     monkeypatch.setattr(gpu_train, "collect", lambda job, out: None)
     monkeypatch.setattr(gpu_train, "compare_factor", lambda data, out, until: None)
     assert gpu_train.main(["--data", str(data), "--out", str(tmp_path), *TINY]) == 2
-    assert begun == ["camvid", "msrc21", gpu_train.WITHOUT_FACTOR]
+    assert begun == ["camvid", "msrc21", "fcn-0", "encoding-0"]
     assert "error: camvid: training failed with exit status 1" in capsys.readouterr().err
     assert json.loads((tmp_path / "results" / "runs.json").read_text())["failed"]
 
@@ -244,10 +241,10 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
     out = tmp_path / "gpu"
     options = ["--data", str(data), "--out", str(out), *TINY]
     assert gpu_train.main([*options, "--minutes", "0.1"]) == 0
-    assert "6 parts are not finished; the same command goes on" in capsys.readouterr().out
+    assert "5 parts are not finished; the same command goes on" in capsys.readouterr().out
     assert not called
 
-    first_piece = iter([True] * 3 + [False])
+    first_piece = iter([True] * 2 + [False])
     whole_advance = runs.advance
     monkeypatch.setattr(gpu_train, "advance", lambda *given: next(first_piece) and whole_advance(*given))
     assert gpu_train.main(options) == 0
@@ -255,12 +252,12 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
     monkeypatch.setattr(gpu_train, "advance", whole_advance)
     assert gpu_train.main(options) == 0
     assert f"all is in {out / 'results'}" in capsys.readouterr().out
-    assert len(called) == 2 * 3 + 1 + 3 * 2, "nothing is done twice"
+    assert len(called) == 3 + 1 + 3 * 2, "nothing is done twice"
 
     results = out / "results"
     document = json.loads((results / "runs.json").read_text())
     assert document["left"] == []
-    assert document["runs"].keys() == {"camvid", "camvid-plain-sum"}
+    assert document["runs"].keys() == {"camvid"}
     assert document["runs"]["camvid"].keys() == {"test", "test-scales"}
     assert len(json.loads((results / "ablation-camvid.json").read_text())["rows"]) == 3
     weights = results / "camvid" / "weights"
@@ -269,10 +266,16 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
     assert max(path.stat().st_size for path in weights.iterdir()) <= 15_000_000
     assert (results / "camvid" / "curves.png").exists() and (results / "camvid/test/contact_sheet.png").exists()
     factor = json.loads((results / "reference-positions.json").read_text())
-    assert [factor[name]["reference_positions"] for name in ("with", "without")] == [4.0, 0.0]
-    assert [row["scale"] for row in factor["with"]["rows"]] == list(reference_positions.SCALES)
-    assert factor["with"]["sha256"] != factor["without"]["sha256"]
+    assert factor["reference_positions"] == 4.0
+    for name in ("with", "without"):
+        assert [row["scale"] for row in factor[name]] == list(reference_positions.SCALES)
+    assert factor["with"] != factor["without"]
     assert (results / "reference-positions.png").exists()
-    files = [str(out / name / "final.pt") for name in ("camvid-plain-sum", "camvid")]
-    assert reference_positions.main([*files, "--data", str(data / "camvid")]) == 2
-    assert "must be trained with reference_positions" in capsys.readouterr().err
+
+
+def test_reference_positions_are_compared_only_where_there_are_some(data, tmp_path, capsys):
+    options = ["--data", str(data / "camvid"), "--out", str(tmp_path), *TINY, "reference_positions=0"]
+    assert train.main(options) == 0
+    file = tmp_path / "final.pt"
+    assert reference_positions.main([str(file), "--data", str(data / "camvid")]) == 2
+    assert f"error: {file}: it has no reference_positions" in capsys.readouterr().err

@@ -270,6 +270,17 @@ def test_it_learns_and_its_checkpoint_is_complete(scenes, tmp_path, capsys):
     assert list((out / "events").iterdir()) and (out / "best.pt").exists()
 
 
+def test_reference_positions_of_the_crop_change_no_weight(scenes, tmp_path):
+    """So that a network and its plain sum are one run; benchmarks/reference_positions.py relies on it."""
+    weights = []
+    for positions in (0, (32 // 8) ** 2):
+        out = tmp_path / str(positions)
+        options = [*TINY, "epochs=2", f"reference_positions={positions}"]
+        assert train.main(["--data", str(scenes), "--out", str(out), *options]) == 0
+        weights.append(load_checkpoint(out / "final.pt").weights)
+    assert identical(*weights)
+
+
 def test_a_run_that_diverged_is_not_saved(scenes, tmp_path, capsys):
     options = [*TINY, "optimizer=sgd", "learning_rate=1e30", "log_every=1000"]
     assert train.main(["--data", str(scenes), "--out", str(tmp_path / "run"), *options]) == 2
