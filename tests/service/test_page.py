@@ -437,6 +437,35 @@ def test_of_several_files_the_first_is_taken_unless_it_is_refused(
     assert browser.text("#error-text").startswith("big.png has 0.4 MB")
 
 
+def test_a_file_that_was_changed_or_is_a_folder_is_not_the_networks_fault(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "scene.png").write_bytes(encoded(np.zeros((8, 8, 3), np.uint8)))
+    browser.open()
+    browser.segment(tmp_path / "scene.png")
+    (tmp_path / "scene.png").unlink()
+    browser.find("#flip").send_keys(" ")
+    browser.find("#run").click()
+    browser.until("!document.getElementById('error').hidden")
+    assert browser.text("#error-text") == (
+        "The file scene.png cannot be read: it is a folder, or was changed after it was chosen."
+    )
+    assert not browser.find("#again").is_displayed()
+
+
+def test_an_answer_that_breaks_off_or_is_anothers_is_a_sentence(browser: Browser, scene: np.ndarray) -> None:
+    page = "new Response('<!doctype html>')"
+    cut = "new Response(new ReadableStream({start: body => body.error(new TypeError('network error'))}))"
+    for answer, said in (
+        (page, "What answers here is not the service. Does a proxy or a sign-in page stand before it?"),
+        (cut, "The service does not answer. Is it still running, and is the network up?"),
+    ):
+        browser.open()
+        browser.run(f"window.fetch = async () => {answer};")
+        browser.run(HAND_OVER, "drop", list(encoded(scene)), "scene.png")
+        browser.until("!document.getElementById('error').hidden")
+        assert browser.text("#error-text") == said
+        assert browser.find("#again").is_displayed()
+
+
 def test_downloads_are_the_mask_of_the_service_and_the_picture_as_shown(
     browser: Browser, client: TestClient, quadrants_mask: np.ndarray, tmp_path: Path
 ) -> None:
