@@ -175,8 +175,8 @@ async function run(showing = Promise.resolve()) {
       present();
     }
   } catch (error) {
+    await showing;
     if (page.running === running) {
-      await showing;
       fail(error);
     }
   } finally {

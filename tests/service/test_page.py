@@ -437,6 +437,26 @@ def test_of_several_files_the_first_is_taken_unless_it_is_refused(
     assert browser.text("#error-text").startswith("big.png has 0.4 MB")
 
 
+def test_what_became_of_an_earlier_picture_says_nothing_of_a_later_one(
+    browser: Browser, scene: np.ndarray, scene_file: Path
+) -> None:
+    browser.open()
+    browser.run(
+        "window.decode = HTMLImageElement.prototype.decode;"
+        "HTMLImageElement.prototype.decode = () => new Promise((done, fail) => window.giveUp = fail);"
+        "window.real = fetch;"
+        "window.fetch = async (...given) => { window.refused = true; return new Response('{}', {status: 429}); };"
+    )
+    browser.run(HAND_OVER, "drop", list(encoded(scene)), "slow.png")
+    browser.until("window.refused")
+    browser.run("window.fetch = real; HTMLImageElement.prototype.decode = decode;")
+    browser.segment(scene_file)
+    browser.run("giveUp();")
+    time.sleep(0.5)
+    assert not browser.find("#error").is_displayed()
+    assert not browser.find("#welcome").is_displayed()
+
+
 def test_a_file_that_was_changed_or_is_a_folder_is_not_the_networks_fault(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "scene.png").write_bytes(encoded(np.zeros((8, 8, 3), np.uint8)))
     browser.open()
