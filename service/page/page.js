@@ -103,7 +103,7 @@ async function take(file) {
 function forget() {
   Object.assign(page, { picture: null, shown: false, result: null, pinned: null, hovered: null, everyRow: false });
   point(null);
-  for (const id of ["legend", "time", "tools", "note", "run"]) {
+  for (const id of ["legend", "time", "note", "run"]) {
     $(id).hidden = true;
   }
   $("knows").hidden = false;
@@ -114,7 +114,9 @@ function forget() {
 
 function welcome() {
   $("welcome").hidden = false;
-  hide("panes", $("welcome").querySelector(".choose"));
+  for (const id of ["panes", "tools"]) {
+    hide(id, $("welcome").querySelector(".choose"));
+  }
 }
 
 /** Hide an element; a focus inside it moves on, by default to the picture, and not to nowhere. */
@@ -161,7 +163,7 @@ async function run(showing = Promise.resolve()) {
   page.running?.abort();
   const running = (page.running = new AbortController());
   settle();
-  $("panes").hidden = false;
+  $("panes").hidden = $("tools").hidden = false;
   hide("welcome");
   busy(true);
   say(`Segmenting ${picture.name} …`);
@@ -241,7 +243,7 @@ function present() {
   }
   $("knows").hidden = true;
   document.body.classList.add("answered");
-  for (const id of ["legend", "time", "tools"]) {
+  for (const id of ["legend", "time"]) {
     $(id).hidden = false;
   }
   drawLegend();

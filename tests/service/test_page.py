@@ -457,6 +457,20 @@ def test_what_became_of_an_earlier_picture_says_nothing_of_a_later_one(
     assert not browser.find("#welcome").is_displayed()
 
 
+def test_another_picture_can_be_chosen_while_there_is_no_result(
+    browser: Browser, scene: np.ndarray, scene_file: Path, tmp_path: Path
+) -> None:
+    large = encoded(scene.repeat(8, 0).repeat(8, 1), "JPEG")
+    (tmp_path / "broken.jpg").write_bytes(large[: len(large) // 2])
+    browser.open()
+    browser.give(tmp_path / "broken.jpg")
+    browser.until("!document.getElementById('error').hidden")
+    assert browser.find("#panes").is_displayed()
+    assert browser.text("#tools") == "New picture"
+    browser.segment(scene_file)
+    assert browser.find("#save-mask").is_displayed()
+
+
 def test_a_file_that_was_changed_or_is_a_folder_is_not_the_networks_fault(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "scene.png").write_bytes(encoded(np.zeros((8, 8, 3), np.uint8)))
     browser.open()
