@@ -18,6 +18,7 @@ const panes = [...document.querySelectorAll(".pane")];
 const canvas = $("colours");
 
 const page = {
+  model: null, // {name, sha256}
   classes: [], // {id, name, color} by id
   settings: null,
   picture: null, // the File to segment
@@ -171,6 +172,9 @@ async function run(showing = Promise.resolve()) {
     const { answer, elapsed } = await segment(picture, options(), running.signal);
     const file = Uint8Array.from(atob(answer.mask.data), (letter) => letter.charCodeAt(0));
     const labels = await readLabels(file);
+    if (answer.model.sha256 !== page.model.sha256) {
+      await meetModel(); // the service has another one since this page was opened
+    }
     await showing;
     if (page.running === running) {
       page.result = { answer, labels, file, elapsed };
@@ -643,13 +647,18 @@ function drawSamples(samples) {
   );
 }
 
+/** Learn the classes of the model that the service has now. */
+async function meetModel() {
+  const { model, classes } = await get("classes");
+  Object.assign(page, { model, classes });
+  $("model").textContent = model.name;
+  $("count").textContent = `, ${classes.length} classes`;
+  $("class-list").replaceChildren(...classes.map(({ id }) => make("li", {}, swatch(id), nameOf(id))));
+}
+
 async function start() {
-  const [classes, settings, samples] = await Promise.all([get("classes"), get("page/settings"), get("samples")]);
-  page.classes = classes.classes;
+  const [settings, samples] = await Promise.all([get("page/settings"), get("samples"), meetModel()]);
   page.settings = settings;
-  $("model").textContent = classes.model.name;
-  $("count").textContent = `, ${classes.classes.length} classes`;
-  $("class-list").replaceChildren(...page.classes.map(({ id }) => make("li", {}, swatch(id), nameOf(id))));
   $("threshold").value = settings.threshold;
   setOpacity($("opacity").value);
   drawOptions(settings);

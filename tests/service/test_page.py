@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import signal
 import struct
 import time
 import zlib
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
-from test_serve import Server
+from test_serve import CLIENT, Server
 from tiny_model import CLASSES, PALETTE, encoded
 
 from service import page as service_page
@@ -498,6 +499,29 @@ def test_an_answer_that_breaks_off_or_is_anothers_is_a_sentence(browser: Browser
         browser.until("!document.getElementById('error').hidden")
         assert browser.text("#error-text") == said
         assert browser.find("#again").is_displayed()
+
+
+def test_a_model_that_was_exchanged_has_its_own_names_and_long_ones_are_not_cut(
+    browser: Browser, changed_model: Callable[..., Path], scene_file: Path
+) -> None:
+    server = Server(changed_model())
+    try:
+        browser.driver.get(server.url)
+        browser.until("document.body.classList.contains('ready')")
+        classes = ["black", "escalator_and_moving_staircase", "leaf", "sea"]
+        changed_model(name="another", classes=json.dumps(classes))
+        server.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + PATIENCE
+        while CLIENT.get(f"{server.url}/classes").json()["model"]["name"] != "another":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        browser.segment(scene_file)
+        assert [row[0] for row in browser.legend()] == ["sea", "leaf", "black", "escalator and moving staircase"]
+        assert browser.text("#model") == "another"
+        cut = "button => button.scrollWidth > button.parentElement.clientWidth + 8"
+        assert not browser.run(f"return [...document.querySelectorAll('#rows button')].filter({cut}).length")
+    finally:
+        server.stop()
 
 
 def test_downloads_are_the_mask_of_the_service_and_the_picture_as_shown(
