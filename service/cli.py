@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from service import batch, bench, warm
 from service.engine import Engine, ModelError
 from service.errors import InputError
-from service.files import whole
+from service.files import check_writable, whole
 from service.folders import entry_error, find_pictures
 from service.models import Models
 from service.options import Options, option_pairs, parse_options
@@ -408,8 +408,12 @@ def load_server(
         headers = bench.read_headers(header or [])
         target = bench.read_target(url, {name: text for name, text in given.items() if text}, headers, timeout)
         pictures = bench.read_pictures(image)
+        if json_file:
+            check_writable(json_file)
     except bench.BenchError as error:
         _fail(str(error), code=2)
+    except OSError as error:
+        _fail(f"cannot write {json_file}: {error.strerror or error}")
     levels: list[bench.Level] = []
     try:
         bench.try_once(target, pictures[0])
