@@ -279,6 +279,8 @@ def segment(
             others = batch.write_tables(jobs, run, record, errors)
     except OutputBusy as error:
         _fail(str(error))
+    except BrokenPipeError:
+        _fail("stopped, as nobody reads what is printed; the same command goes on from here")
     except OSError as error:
         _fail(f"cannot write to {output}: {error.strerror or error}")
     except KeyboardInterrupt:
