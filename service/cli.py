@@ -556,9 +556,10 @@ def _banner(settings: Settings, engines: Sequence[Engine], replicas: str = "") -
         classes = len(engine.metadata.classes)
         on = "" if replicas else f", on {engine.device}"
         lines.append(f"  model    {engine.metadata.name}, {classes} classes{on} ({engine.path})")
+    key = "-H 'Authorization: Bearer KEY' " if settings.api_keys else ""
     lines += [
-        f"  try      curl -F image=@examples/street.jpg {url}/segment",
-        f"           curl -F image=@examples/street.jpg '{url}/segment?format=png' -o mask.png",
+        f"  try      curl {key}-F image=@examples/street.jpg {url}/segment",
+        f"           curl {key}-F image=@examples/street.jpg '{url}/segment?format=png' -o mask.png",
         f"  docs     {url}/docs\n",
     ]
     return "\n".join(lines)
