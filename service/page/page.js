@@ -490,13 +490,17 @@ function drawOptions({ min_scale, max_scale, scales, flip }) {
 }
 
 function optionsChanged(event) {
+  const most = page.settings.max_scales;
+  if (most === 1 && boxes().includes(event?.target)) {
+    boxes().forEach((box) => (box.checked = box === event.target));
+  }
   const { scales, flip } = options();
   if (scales.length === 0) {
     event.target.checked = true; // one view there must be
     return optionsChanged(event);
   }
   for (const box of boxes()) {
-    box.disabled = !box.checked && scales.length >= page.settings.max_scales;
+    box.disabled = most > 1 && !box.checked && scales.length >= most;
   }
   const views = scales.length * (flip ? 2 : 1);
   $("views").textContent = views === 1 ? "One view of the picture." : `${views} views, averaged: about ${views} times the work of one.`;

@@ -320,6 +320,23 @@ def test_everything_can_be_done_by_keyboard(browser: Browser, scene_file: Path) 
     assert browser.run("return document.activeElement.id") == "blend"
 
 
+def test_no_more_scales_than_are_allowed_and_where_that_is_one_another_one(browser: Browser, model_file: Path) -> None:
+    chosen = "return [...document.querySelectorAll('#scales :checked')].map(box => box.value)"
+    for most, expected in ((1, ["0.75"]), (2, ["0.75", "1"])):
+        server = Server(model_file, ENCNET_MAX_SCALES=str(most))
+        try:
+            browser.driver.get(server.url)
+            browser.until("document.body.classList.contains('ready')")
+            for value in ("0.5", "0.5", "0.75", "1.25"):
+                if browser.find(f"#scales [value='{value}']").is_enabled():
+                    browser.find(f"#scales [value='{value}']").send_keys(" ")
+            if most == 1:
+                browser.find("#scales [value='0.75']").send_keys(" ")
+            assert browser.run(chosen) == expected
+        finally:
+            server.stop()
+
+
 def test_a_file_that_is_no_picture_is_a_sentence_and_the_page_goes_on(
     browser: Browser, scene_file: Path, tmp_path: Path
 ) -> None:
