@@ -2,10 +2,11 @@
 
 from http import HTTPStatus
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
@@ -41,6 +42,8 @@ def create_app(settings: Settings | None = None, models: Models | None = None) -
         description=_description(models),
         docs_url="/docs",
         redoc_url=None,
+        # for /docs, which has a place for the key then; RequestContext checks it
+        dependencies=[Security(HTTPBearer(auto_error=False))] if settings.api_keys else [],
     )
     app.state.models = models
     app.add_middleware(RequestContext, settings=settings, metrics=metrics)

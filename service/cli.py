@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from service import batch, bench, warm
 from service.engine import Engine, ModelError
 from service.errors import InputError
-from service.files import whole
+from service.files import check_writable, whole
 from service.folders import entry_error, find_pictures
 from service.models import Models
 from service.options import Options, option_pairs, parse_options
@@ -279,6 +279,8 @@ def segment(
             others = batch.write_tables(jobs, run, record, errors)
     except OutputBusy as error:
         _fail(str(error))
+    except BrokenPipeError:
+        _fail("stopped, as nobody reads what is printed; the same command goes on from here")
     except OSError as error:
         _fail(f"cannot write to {output}: {error.strerror or error}")
     except KeyboardInterrupt:
@@ -408,8 +410,12 @@ def load_server(
         headers = bench.read_headers(header or [])
         target = bench.read_target(url, {name: text for name, text in given.items() if text}, headers, timeout)
         pictures = bench.read_pictures(image)
+        if json_file:
+            check_writable(json_file)
     except bench.BenchError as error:
         _fail(str(error), code=2)
+    except OSError as error:
+        _fail(f"cannot write {json_file}: {error.strerror or error}")
     levels: list[bench.Level] = []
     try:
         bench.try_once(target, pictures[0])
@@ -550,9 +556,10 @@ def _banner(settings: Settings, engines: Sequence[Engine], replicas: str = "") -
         classes = len(engine.metadata.classes)
         on = "" if replicas else f", on {engine.device}"
         lines.append(f"  model    {engine.metadata.name}, {classes} classes{on} ({engine.path})")
+    key = "-H 'Authorization: Bearer KEY' " if settings.api_keys else ""
     lines += [
-        f"  try      curl -F image=@examples/street.jpg {url}/segment",
-        f"           curl -F image=@examples/street.jpg '{url}/segment?format=png' -o mask.png",
+        f"  try      curl {key}-F image=@examples/street.jpg {url}/segment",
+        f"           curl {key}-F image=@examples/street.jpg '{url}/segment?format=png' -o mask.png",
         f"  docs     {url}/docs\n",
     ]
     return "\n".join(lines)

@@ -65,9 +65,9 @@ class SegmentError(Exception):
     """A picture was not segmented.
 
     `code` is the server's word (truncated, too_many_pixels, invalid_option, ...) or one of the client's: unreadable (no
-    such file), unreachable, deadline (no answer within the timeout), bad_answer (whatever is there is not this
-    service), http_NNN (an error that is not the service's, as from a proxy). `status` is that of the last answer, None
-    where there was none; `request_id` names it in the server's log.
+    such file, or one that Pillow finds damaged), unreachable, deadline (no answer within the timeout), bad_answer
+    (whatever is there is not this service), http_NNN (an error that is not the service's, as from a proxy). `status` is
+    that of the last answer, None where there was none; `request_id` names it in the server's log.
     """
 
     def __init__(self, code: str, message: str, status: int | None = None, request_id: str | None = None) -> None:
@@ -359,7 +359,11 @@ def _check_concurrency(concurrency: int) -> None:
 
 
 def _base(url: str) -> str:
-    if not url.lower().startswith(("http://", "https://")):
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        parts = httpx.URL()
+    if parts.scheme not in ("http", "https") or not parts.host:
         raise ValueError(f"the server's URL is as in http://127.0.0.1:8000, not {url!r}")
     return url.rstrip("/").removesuffix("/segment")
 
@@ -395,6 +399,10 @@ def _file(picture: Picture) -> bytes:
     if isinstance(picture, Image.Image):
         if picture.mode in ("I", "F"):
             raise ValueError(f"in a picture of mode {picture.mode} nothing says which value is white; convert it to L")
+        try:
+            picture.load()
+        except (OSError, SyntaxError) as error:
+            raise SegmentError("unreadable", f"Pillow cannot read the picture's file: {error}") from error
         buffer = io.BytesIO()
         mode = _SAVED_AS.get(picture.mode, picture.mode)
         try:

@@ -385,7 +385,11 @@ def execution_providers(device: str, gpu_memory_limit: int) -> list[Any]:
 
 
 def _open_session(model: Path, providers: list[Any], threads: int) -> ort.InferenceSession:
-    if not model.is_file():
+    try:
+        is_file = model.is_file()
+    except OSError as error:
+        raise ModelError(f"the model file {model} cannot be read: {error.strerror}") from None
+    if not is_file:
         kind = "is a folder, not a file" if model.is_dir() else "does not exist"
         raise ModelError(f"the model file {model} {kind}; {HOW_TO_EXPORT}")
     options = ort.SessionOptions()

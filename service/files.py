@@ -18,6 +18,13 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raise OSError where `whole` could not begin this file: now, not after long work."""
+    part = part_of(path)
+    part.open("wb").close()
+    part.unlink()
+
+
 def part_of(path: Path) -> Path:
     """What the file is called while it is being written."""
     return path.with_name(f".{path.name}.part")

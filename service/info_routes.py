@@ -94,7 +94,6 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
     @router.get(
         "/classes",
         summary="Names, ids and colours of the classes",
-        tags=["segmentation"],
         responses={status: {"model": ErrorAnswer} for status in (404, 422, 503)},
     )
     async def classes(model: str | None = None) -> ClassesAnswer:

@@ -18,6 +18,7 @@ const panes = [...document.querySelectorAll(".pane")];
 const canvas = $("colours");
 
 const page = {
+  model: null, // {name, sha256}
   classes: [], // {id, name, color} by id
   settings: null,
   picture: null, // the File to segment
@@ -103,7 +104,7 @@ async function take(file) {
 function forget() {
   Object.assign(page, { picture: null, shown: false, result: null, pinned: null, hovered: null, everyRow: false });
   point(null);
-  for (const id of ["legend", "time", "tools", "note", "run"]) {
+  for (const id of ["legend", "time", "note", "run"]) {
     $(id).hidden = true;
   }
   $("knows").hidden = false;
@@ -114,7 +115,9 @@ function forget() {
 
 function welcome() {
   $("welcome").hidden = false;
-  hide("panes", $("welcome").querySelector(".choose"));
+  for (const id of ["panes", "tools"]) {
+    hide(id, $("welcome").querySelector(".choose"));
+  }
 }
 
 /** Hide an element; a focus inside it moves on, by default to the picture, and not to nowhere. */
@@ -161,7 +164,7 @@ async function run(showing = Promise.resolve()) {
   page.running?.abort();
   const running = (page.running = new AbortController());
   settle();
-  $("panes").hidden = false;
+  $("panes").hidden = $("tools").hidden = false;
   hide("welcome");
   busy(true);
   say(`Segmenting ${picture.name} …`);
@@ -169,14 +172,17 @@ async function run(showing = Promise.resolve()) {
     const { answer, elapsed } = await segment(picture, options(), running.signal);
     const file = Uint8Array.from(atob(answer.mask.data), (letter) => letter.charCodeAt(0));
     const labels = await readLabels(file);
+    if (answer.model.sha256 !== page.model.sha256) {
+      await meetModel(); // the service has another one since this page was opened
+    }
     await showing;
     if (page.running === running) {
       page.result = { answer, labels, file, elapsed };
       present();
     }
   } catch (error) {
+    await showing;
     if (page.running === running) {
-      await showing;
       fail(error);
     }
   } finally {
@@ -241,7 +247,7 @@ function present() {
   }
   $("knows").hidden = true;
   document.body.classList.add("answered");
-  for (const id of ["legend", "time", "tools"]) {
+  for (const id of ["legend", "time"]) {
     $(id).hidden = false;
   }
   drawLegend();
@@ -484,13 +490,17 @@ function drawOptions({ min_scale, max_scale, scales, flip }) {
 }
 
 function optionsChanged(event) {
+  const most = page.settings.max_scales;
+  if (most === 1 && boxes().includes(event?.target)) {
+    boxes().forEach((box) => (box.checked = box === event.target));
+  }
   const { scales, flip } = options();
   if (scales.length === 0) {
     event.target.checked = true; // one view there must be
     return optionsChanged(event);
   }
   for (const box of boxes()) {
-    box.disabled = !box.checked && scales.length >= page.settings.max_scales;
+    box.disabled = most > 1 && !box.checked && scales.length >= most;
   }
   const views = scales.length * (flip ? 2 : 1);
   $("views").textContent = views === 1 ? "One view of the picture." : `${views} views, averaged: about ${views} times the work of one.`;
@@ -641,13 +651,18 @@ function drawSamples(samples) {
   );
 }
 
+/** Learn the classes of the model that the service has now. */
+async function meetModel() {
+  const { model, classes } = await get("classes");
+  Object.assign(page, { model, classes });
+  $("model").textContent = model.name;
+  $("count").textContent = `, ${classes.length} classes`;
+  $("class-list").replaceChildren(...classes.map(({ id }) => make("li", {}, swatch(id), nameOf(id))));
+}
+
 async function start() {
-  const [classes, settings, samples] = await Promise.all([get("classes"), get("page/settings"), get("samples")]);
-  page.classes = classes.classes;
+  const [settings, samples] = await Promise.all([get("page/settings"), get("samples"), meetModel()]);
   page.settings = settings;
-  $("model").textContent = classes.model.name;
-  $("count").textContent = `, ${classes.classes.length} classes`;
-  $("class-list").replaceChildren(...page.classes.map(({ id }) => make("li", {}, swatch(id), nameOf(id))));
   $("threshold").value = settings.threshold;
   setOpacity($("opacity").value);
   drawOptions(settings);

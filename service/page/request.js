@@ -23,20 +23,24 @@ class Locked extends Refusal {}
 export const segment = (picture, options, signal) => unlocked(() => post(picture, options, signal));
 
 /** GET a JSON document of the service; throws a Refusal. */
-export const get = (url) => unlocked(async () => (await reach(url)).json());
+export const get = (url) => unlocked(() => reach(url, json));
 
 /** GET a file of the service; throws a Refusal. */
-export const getFile = (url) => unlocked(async () => (await reach(url)).blob());
+export const getFile = (url) => unlocked(() => reach(url, (response) => response.blob()));
+
+const json = (response) => response.json();
 
 async function post(picture, { scales, flip }, signal) {
+  const content = await picture.arrayBuffer().catch(() => {
+    throw new Refusal(`The file ${picture.name} cannot be read: it is a folder, or was changed after it was chosen.`, false);
+  });
   const form = new FormData();
-  form.append("image", picture, picture.name);
+  form.append("image", new Blob([content], { type: picture.type }), picture.name);
   form.append("scales", scales.join(","));
   form.append("flip", String(flip));
   const started = performance.now();
   const headers = { Accept: "application/json" };
-  const response = await reach("segment", { method: "POST", body: form, headers, signal });
-  const answer = await response.json();
+  const answer = await reach("segment", json, { method: "POST", body: form, headers, signal });
   return { answer, elapsed: performance.now() - started };
 }
 
@@ -53,20 +57,27 @@ async function unlocked(work) {
   }
 }
 
-async function reach(url, options = {}) {
+/** What `read` makes of the service's answer; throws a Refusal, or the browser's AbortError. */
+async function reach(url, read, options = {}) {
   let response;
   try {
     response = await fetch(url, { ...options, headers: { ...options.headers, ...keyHeader() } });
+    if (response.ok) {
+      return await read(response);
+    }
   } catch (error) {
     if (error.name === "AbortError") {
       throw error;
     }
-    throw new Refusal("The service does not answer. Is it still running, and is the network up?", true);
+    const isForeign = error instanceof SyntaxError;
+    throw new Refusal(
+      isForeign
+        ? "What answers here is not the service. Does a proxy or a sign-in page stand before it?"
+        : "The service does not answer. Is it still running, and is the network up?",
+      true,
+    );
   }
-  if (!response.ok) {
-    throw await refusalOf(response);
-  }
-  return response;
+  throw await refusalOf(response);
 }
 
 /** An answer that is no success -> a Refusal that says what the service said, and when to come back. */

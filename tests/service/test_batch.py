@@ -132,6 +132,17 @@ def test_who_ends_a_run_is_told_how_to_go_on(noise: dict[str, np.ndarray], numbe
     assert 0 < len(segmented(segment("photos"))) < 30
 
 
+def test_who_stops_reading_is_not_told_of_the_output_folder(noise: dict[str, np.ndarray]) -> None:
+    with start("photos") as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert said == "error: stopped, as nobody reads what is printed; the same command goes on from here\n"
+    assert 0 < len(segmented(segment("photos"))) < 30
+
+
 def test_a_record_cut_short_costs_one_picture(photos: Path) -> None:
     segment(photos)
     record = Path("segmented/presence.jsonl")

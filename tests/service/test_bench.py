@@ -210,6 +210,7 @@ def test_a_json_file_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> Non
         result = run("bench", server.url, "--concurrency", "1", "--duration", "0.1", "--json", target)
     assert result.exit_code == 1
     assert "b.json: No such file" in result.stderr
+    assert not server.requests, "it is told before the server is loaded"
 
 
 # ---- warm

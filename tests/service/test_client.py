@@ -1,6 +1,7 @@
 """Promise: the client gives the server's answer bit for bit, waits as it is told, and says what failed."""
 
 import asyncio
+import io
 import json
 import pickle
 import socket
@@ -383,6 +384,17 @@ def test_what_is_no_picture_is_refused_before_it_is_sent(
         connect("http://127.0.0.1:1").segment(picture)
 
 
+def test_a_damaged_file_that_pillow_opened_fails_alone(
+    connect: Callable[..., Any], url: str, quadrants: np.ndarray
+) -> None:
+    file = encoded(np.random.default_rng(1).integers(0, 255, (200, 200, 3), np.uint8))
+    second_part = file.rindex(b"IDAT")
+    cut, broken = (Image.open(io.BytesIO(part)) for part in (file[:2000], file[:second_part] + b"????"))
+    answers = list(connect(url).segment_many([quadrants, cut, broken, quadrants]))
+    assert [getattr(answer, "code", None) for answer in answers] == [None, "unreadable", "unreadable", None]
+    assert "Pillow cannot read the picture's file: " in str(answers[1])
+
+
 def test_a_timeout_may_be_infinite(connect: Callable[..., Any], url: str, quadrants: np.ndarray) -> None:
     assert connect(url, timeout=float("inf")).segment(quadrants).mask.shape == quadrants.shape[:2]
 
@@ -392,8 +404,9 @@ def test_what_the_client_cannot_do_is_refused(connect: Callable[..., Any]) -> No
         connect("http://127.0.0.1:1").segment(b"picture", format="png")
     with pytest.raises(ValueError, match="dry_run has none"):
         connect("http://127.0.0.1:1").segment(b"picture", dry_run=True)
-    with pytest.raises(ValueError, match="http://127"):
-        Client("127.0.0.1:8000")
+    for url in ("127.0.0.1:8000", "http://", "http://host:port", "ftp://127.0.0.1"):
+        with pytest.raises(ValueError, match="http://127"):
+            connect(url).segment(b"picture")
 
 
 # ---- many

@@ -251,6 +251,7 @@ def test_a_graph_whose_outputs_are_others(tmp_path: Path) -> None:
 
 def test_a_missing_file(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "none.onnx")
+    assert "cannot be read: File name too long" in refusal(tmp_path / ("n" * 300))
 
 
 def test_a_folder(tmp_path: Path) -> None:

@@ -127,6 +127,15 @@ def test_a_key_guards_every_route_that_is_not_told_to_be_open(client_with: Calla
     )
 
 
+def test_the_docs_have_a_place_for_the_key_where_one_is_needed(client_with: Callable[..., TestClient]) -> None:
+    known = client_with(api_keys=(SecretStr("first"),)).get("/openapi.json").json()
+    assert known["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
+    for path, method in (("/segment", "post"), ("/segment/batch", "post"), ("/classes", "get")):
+        assert known["paths"][path][method]["security"] == [{"HTTPBearer": []}]
+        assert len(known["paths"][path][method]["tags"]) == 1, "it stands in /docs once"
+    assert "securitySchemes" not in client_with().get("/openapi.json").json()["components"]
+
+
 @pytest.mark.parametrize("host", ["a/livez?", "a/docs#", "a/page/", "a/samples"])
 def test_a_host_header_opens_no_route(client_with: Callable[..., TestClient], host: str) -> None:
     client = client_with(api_keys=(SecretStr("first"),))

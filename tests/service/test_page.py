@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import signal
 import struct
 import time
 import zlib
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
-from test_serve import Server
+from test_serve import CLIENT, Server
 from tiny_model import CLASSES, PALETTE, encoded
 
 from service import page as service_page
@@ -319,6 +320,23 @@ def test_everything_can_be_done_by_keyboard(browser: Browser, scene_file: Path) 
     assert browser.run("return document.activeElement.id") == "blend"
 
 
+def test_no_more_scales_than_are_allowed_and_where_that_is_one_another_one(browser: Browser, model_file: Path) -> None:
+    chosen = "return [...document.querySelectorAll('#scales :checked')].map(box => box.value)"
+    for most, expected in ((1, ["0.75"]), (2, ["0.75", "1"])):
+        server = Server(model_file, ENCNET_MAX_SCALES=str(most))
+        try:
+            browser.driver.get(server.url)
+            browser.until("document.body.classList.contains('ready')")
+            for value in ("0.5", "0.5", "0.75", "1.25"):
+                if browser.find(f"#scales [value='{value}']").is_enabled():
+                    browser.find(f"#scales [value='{value}']").send_keys(" ")
+            if most == 1:
+                browser.find("#scales [value='0.75']").send_keys(" ")
+            assert browser.run(chosen) == expected
+        finally:
+            server.stop()
+
+
 def test_a_file_that_is_no_picture_is_a_sentence_and_the_page_goes_on(
     browser: Browser, scene_file: Path, tmp_path: Path
 ) -> None:
@@ -435,6 +453,92 @@ def test_of_several_files_the_first_is_taken_unless_it_is_refused(
     browser.find("#file").send_keys(f"{tmp_path / 'big.png'}\n{scene_file}")
     browser.until("!document.getElementById('error').hidden")
     assert browser.text("#error-text").startswith("big.png has 0.4 MB")
+
+
+def test_what_became_of_an_earlier_picture_says_nothing_of_a_later_one(
+    browser: Browser, scene: np.ndarray, scene_file: Path
+) -> None:
+    browser.open()
+    browser.run(
+        "window.decode = HTMLImageElement.prototype.decode;"
+        "HTMLImageElement.prototype.decode = () => new Promise((done, fail) => window.giveUp = fail);"
+        "window.real = fetch;"
+        "window.fetch = async (...given) => { window.refused = true; return new Response('{}', {status: 429}); };"
+    )
+    browser.run(HAND_OVER, "drop", list(encoded(scene)), "slow.png")
+    browser.until("window.refused")
+    browser.run("window.fetch = real; HTMLImageElement.prototype.decode = decode;")
+    browser.segment(scene_file)
+    browser.run("giveUp();")
+    time.sleep(0.5)
+    assert not browser.find("#error").is_displayed()
+    assert not browser.find("#welcome").is_displayed()
+
+
+def test_another_picture_can_be_chosen_while_there_is_no_result(
+    browser: Browser, scene: np.ndarray, scene_file: Path, tmp_path: Path
+) -> None:
+    large = encoded(scene.repeat(8, 0).repeat(8, 1), "JPEG")
+    (tmp_path / "broken.jpg").write_bytes(large[: len(large) // 2])
+    browser.open()
+    browser.give(tmp_path / "broken.jpg")
+    browser.until("!document.getElementById('error').hidden")
+    assert browser.find("#panes").is_displayed()
+    assert browser.text("#tools") == "New picture"
+    browser.segment(scene_file)
+    assert browser.find("#save-mask").is_displayed()
+
+
+def test_a_file_that_was_changed_or_is_a_folder_is_not_the_networks_fault(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "scene.png").write_bytes(encoded(np.zeros((8, 8, 3), np.uint8)))
+    browser.open()
+    browser.segment(tmp_path / "scene.png")
+    (tmp_path / "scene.png").unlink()
+    browser.find("#flip").send_keys(" ")
+    browser.find("#run").click()
+    browser.until("!document.getElementById('error').hidden")
+    assert browser.text("#error-text") == (
+        "The file scene.png cannot be read: it is a folder, or was changed after it was chosen."
+    )
+    assert not browser.find("#again").is_displayed()
+
+
+def test_an_answer_that_breaks_off_or_is_anothers_is_a_sentence(browser: Browser, scene: np.ndarray) -> None:
+    page = "new Response('<!doctype html>')"
+    cut = "new Response(new ReadableStream({start: body => body.error(new TypeError('network error'))}))"
+    for answer, said in (
+        (page, "What answers here is not the service. Does a proxy or a sign-in page stand before it?"),
+        (cut, "The service does not answer. Is it still running, and is the network up?"),
+    ):
+        browser.open()
+        browser.run(f"window.fetch = async () => {answer};")
+        browser.run(HAND_OVER, "drop", list(encoded(scene)), "scene.png")
+        browser.until("!document.getElementById('error').hidden")
+        assert browser.text("#error-text") == said
+        assert browser.find("#again").is_displayed()
+
+
+def test_a_model_that_was_exchanged_has_its_own_names_and_long_ones_are_not_cut(
+    browser: Browser, changed_model: Callable[..., Path], scene_file: Path
+) -> None:
+    server = Server(changed_model())
+    try:
+        browser.driver.get(server.url)
+        browser.until("document.body.classList.contains('ready')")
+        classes = ["black", "escalator_and_moving_staircase", "leaf", "sea"]
+        changed_model(name="another", classes=json.dumps(classes))
+        server.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + PATIENCE
+        while CLIENT.get(f"{server.url}/classes").json()["model"]["name"] != "another":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        browser.segment(scene_file)
+        assert [row[0] for row in browser.legend()] == ["sea", "leaf", "black", "escalator and moving staircase"]
+        assert browser.text("#model") == "another"
+        cut = "button => button.scrollWidth > button.parentElement.clientWidth + 8"
+        assert not browser.run(f"return [...document.querySelectorAll('#rows button')].filter({cut}).length")
+    finally:
+        server.stop()
 
 
 def test_downloads_are_the_mask_of_the_service_and_the_picture_as_shown(

@@ -114,6 +114,15 @@ def test_the_curl_lines_of_the_banner_work(server: Server, png: bytes, tmp_path:
     assert done.stderr == b""
 
 
+def test_the_curl_lines_have_a_place_for_the_key_where_one_is_needed(model_file: Path) -> None:
+    server = Server(model_file, ENCNET_API_KEYS="opens")
+    try:
+        assert server.banner.count("curl -H 'Authorization: Bearer KEY' -F image=@examples/street.jpg ") == 2
+        assert "opens" not in server.banner
+    finally:
+        server.stop()
+
+
 def test_a_picture_over_a_socket(server: Server, png: bytes) -> None:
     answer = CLIENT.post(f"{server.url}/segment", files={"image": ("q.png", png)}).json()
     assert answer["image"]["width"] == 40
