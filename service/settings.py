@@ -16,7 +16,7 @@ class Settings(BaseSettings):
     """Settings of the service; `ENCNET_PORT=9000` sets `port`, and so on for each field.
 
     The same names may stand in a file `encnet.env` in the working directory; the environment wins over it, and the
-    command line over both.
+    command line over both. One that is set to nothing is not set.
 
     `max_pixels` bounds memory: class probabilities at the picture's own size cost H*W*C*4 bytes, so 16 megapixels with
     CamVid's 11 classes take 0.7 GB, and with ADE20K's 150 classes 9.6 GB. A run's peak is about five times that
@@ -25,7 +25,9 @@ class Settings(BaseSettings):
     Raises pydantic.ValidationError for a value out of range.
     """
 
-    model_config = SettingsConfigDict(env_prefix="ENCNET_", env_file="encnet.env", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="ENCNET_", env_file="encnet.env", env_ignore_empty=True, extra="ignore"
+    )
 
     model: Path = Field(default=EMBEDDED_MODEL, description="The .onnx file to serve.")
     models: Annotated[dict[str, Path], NoDecode] = Field(
