@@ -1,6 +1,7 @@
 """The command line: `serve` over HTTP, `segment` pictures without it, `bench` a server, `warm` a model."""
 
 import importlib
+import os
 import signal
 import socket
 import sys
@@ -511,6 +512,8 @@ def _settings(**given: Any) -> Settings:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except UnicodeDecodeError:
         _fail("the settings file encnet.env is not text in UTF-8; save it as that", 2)
+    except OSError as error:
+        _fail(f"the settings file encnet.env cannot be read by user {os.geteuid()}: {error.strerror}", 2)
     except ValidationError as error:
         _fail(
             "; ".join(_faults(error, lambda name: name if given.get(name) is not None else f"ENCNET_{name.upper()}")), 2

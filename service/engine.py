@@ -385,9 +385,14 @@ def execution_providers(device: str, gpu_memory_limit: int) -> list[Any]:
 
 
 def _open_session(model: Path, providers: list[Any], threads: int) -> ort.InferenceSession:
-    if not model.is_file():
-        kind = "is a folder, not a file" if model.is_dir() else "does not exist"
-        raise ModelError(f"the model file {model} {kind}; {HOW_TO_EXPORT}")
+    try:
+        if not model.is_file():
+            kind = "is a folder, not a file" if model.is_dir() else "does not exist"
+            raise ModelError(f"the model file {model} {kind}; {HOW_TO_EXPORT}")
+        model.open("rb").close()  # ONNX Runtime would give a number for a reason
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ModelError(f"the model file {model} cannot be read by user {os.geteuid()}: {reason}") from None
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY

@@ -174,6 +174,20 @@ def test_a_settings_file_that_is_not_text_is_a_sentence(picture: Path) -> None:
     assert "encnet.env is not text in UTF-8" in result.stderr
 
 
+@pytest.fixture
+def closed_settings() -> None:
+    """A settings file that nobody may read."""
+    Path("encnet.env").touch(0)
+
+
+def test_a_settings_file_that_may_not_be_read_is_a_sentence(
+    picture: Path, closed_settings: None, powerless: None
+) -> None:
+    result = run("segment", picture)
+    assert result.exit_code == 2
+    assert "encnet.env cannot be read by user" in result.stderr
+
+
 def test_a_host_that_is_none_is_a_sentence() -> None:
     result = run("serve", "--host", "a" * 70)
     assert result.exit_code == 2
