@@ -172,6 +172,7 @@ def serve_on_cluster(
     def tell(text: str) -> None:
         typer.echo(text, err=True)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container's first process would not be ended by it
     try:
         if not stop:
             engines = [Engine(path, "cpu", 1) for path in (settings.model, *settings.models.values())]
@@ -189,7 +190,8 @@ def serve_on_cluster(
     except (cluster.ClusterError, server.CannotListen, ModelError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        return
+        if address:
+            _fail("stopped before it was done", code=130)
 
 
 @cli.command()

@@ -335,11 +335,50 @@ def session(process: Path) -> int:
         return 0
 
 
+WAITS = """
+import time
+from service import cluster
+
+def wait(settings, layout, tell):
+    print("connected", flush=True)
+    time.sleep(600)
+
+cluster.deploy = wait
+from service.cli import main
+main()
+"""
+
+
+def test_sigterm_before_the_replicas_are_there_ends_the_command_and_its_cluster() -> None:
+    """Ray would abort the process, and print a stack."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS, "cluster", "--port", "0"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "connected\n"
+        process.terminate()
+        assert process.communicate(timeout=WAIT) == ("", None)
+        assert process.returncode == 0
+        until(lambda: process.pid not in map(session, Path("/proc").glob("[0-9]*")))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--model", "none.onnx"], "none.onnx does not exist"),
         (["--gpus", "1.5"], "gpus: must be a part of one GPU"),
+        (["--gpus", "inf"], "gpus: Input should be a finite number"),
+        (["--cpus", "0.00001"], "cpus: must be 0 or at least 0.0001"),
         (["--min-replicas", "3", "--max-replicas", "2"], "max_replicas 2 is below min_replicas 3"),
         (["--stop"], "--stop needs the --address"),
         (["--address", "127.0.0.1:1"], "no Ray cluster to be had at 127.0.0.1:1"),
