@@ -84,13 +84,22 @@ class Models:
             pipeline.holders -= 1
 
     def start(self) -> None:
-        """Load every model and wait for it. Raises engine.ModelError for the first that cannot be served."""
+        """Load every model and wait for all: an interpreter that ends while one still loads aborts.
+
+        Raises engine.ModelError for the first that cannot be served.
+        """
         for served in self.all:
             served.pipeline = self._make(served)
+        failures = []
         for served in self.all:
             assert served.pipeline is not None
-            served.pipeline.device.wait_until_started()
-            served.reason = ""
+            try:
+                served.pipeline.device.wait_until_started()
+                served.reason = ""
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     async def load(self, name: str) -> None:
         """Load a model's file anew. Requests go on with what is loaded until the new one is ready, then finish on it.

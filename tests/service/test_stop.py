@@ -251,6 +251,37 @@ def test_a_supervisor_gives_up_on_a_server_that_dies_at_once() -> None:
     assert done.stdout.count("born") == QUICK_DEATHS
 
 
+LOADS_FOR_EVER = """
+from service import cli, models
+from service.engine import Engine
+
+def load(path, settings):
+    print("loading", flush=True)
+    while True:
+        Engine(path, "cpu", 1)
+
+models._open_engine = load
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_the_model_loads_is_no_crash(number: signal.Signals, model_file: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADS_FOR_EVER, "serve", "--port", "0", "--model", str(model_file)],
+        cwd=ROOT,
+        env={**os.environ, "ENCNET_LOG_LEVEL": "error"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=WAIT) == ("", None)
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("number", "handler", "code"),
     [
