@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt, ValidationError, model_validator
 
-from service import kernels
+from service import cores, kernels
 from service.cost import Work, window_starts, work_of
 from service.errors import first_line
 
@@ -159,6 +159,9 @@ class Engine:
         lanes: int = 1,
     ) -> None:
         self.path = model
+        own = cores.available()
+        if not threads and own < (os.cpu_count() or 1):
+            threads = own  # ONNX Runtime's own choice goes by the machine's cores, and binds threads to them
         self._session = _open_session(model, execution_providers(device, gpu_memory_limit), threads)
         self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, model)
         self._mask_type = np.uint16 if len(self.metadata.classes) > 255 else np.uint8
@@ -168,7 +171,7 @@ class Engine:
         )
         if device == "cuda" and self.device != "cuda":
             raise ModelError("CUDA was asked for, but ONNX Runtime could not start it on this machine; try device cpu")
-        width = (threads or os.cpu_count() or 1) // lanes
+        width = (threads or own) // lanes
         self.lanes = lanes if self.device == "cpu" and width else 1
         self._narrow = _open_session(model, execution_providers("cpu", 0), width) if self.lanes > 1 else self._session
         self._shapes: dict[ort.InferenceSession, tuple[int, ...]] = {}  # of the last run

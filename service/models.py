@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from service import cores
 from service.engine import Engine
 from service.errors import InputError, Refusal
 from service.pipeline import Pipeline
@@ -46,7 +46,7 @@ class Models:
         self._open_engine = open_engine or _open_engine
         self.on_load: Callable[[str, Pipeline], None] = lambda name, pipeline: None
         self._draining = False
-        self.workers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="codec")
+        self.workers = ThreadPoolExecutor(cores.available(), thread_name_prefix="codec")
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="reader")
         paths = {settings.model.stem: settings.model, **settings.models}
         self._served = {name: Served(name, path) for name, path in paths.items()}
