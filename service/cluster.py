@@ -266,7 +266,7 @@ def connected(address: str | None, layout: Layout | None = None) -> Iterator[Non
         raise KeyboardInterrupt from None
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = f"at {address}" if address else "on this machine"
-        raise ClusterError(f"there is no Ray cluster to be had {where}: {_said(error)}") from None
+        raise ClusterError(f"there is no Ray cluster to be had {where}: {' '.join(str(error).split())}") from None
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own would abort and dump core
         if not address and layout:

@@ -37,10 +37,21 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own, about pydantic
     pytest.importorskip("ray.serve", reason="Ray is not installed (service/requirements-cluster.txt)")
 
+import ray
 from ray import serve
 from ray.serve.schema import ReplicaState
 
-from service.cluster import NAME, ClusterError, Layout, Replica, _deployed, application, check_room, for_worker
+from service.cluster import (
+    NAME,
+    ClusterError,
+    Layout,
+    Replica,
+    _deployed,
+    application,
+    check_room,
+    connected,
+    for_worker,
+)
 
 ROOT = Path(service.__file__).parents[1]
 WAIT = 240
@@ -389,6 +400,18 @@ def test_what_is_wrong_is_a_sentence(arguments: list[str], words: str, model_fil
     assert done.exit_code in (1, 2)
     assert (done.stdout, len(done.stderr.splitlines())) == ("", 1)
     assert words in done.stderr
+
+
+def test_a_cluster_of_another_version_is_told_with_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.50.0\n    Python: 3.11.7\n")
+
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        pytest.raises(ClusterError, match=r"at auto: .* was started with: Ray: 2\.50\.0 Python: 3\.11\.7$"),
+        connected("auto"),
+    ):
+        pass
 
 
 def test_without_ray_the_command_says_what_to_install() -> None:
