@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes the GPU where there is one.")
     threads: int = Field(
-        default=0, ge=0, description="Threads for one inference on the CPU; 0 is one per core that it may use."
+        default=0, ge=0, le=1024, description="Threads for one inference on the CPU; 0 is one per core that it may use."
     )
     lanes: int = Field(
         default=2, ge=1, description="Pictures to run side by side on the CPU, which then share the threads."

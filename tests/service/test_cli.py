@@ -144,7 +144,12 @@ def test_a_missing_model_is_a_sentence(picture: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--scales", "9"], "0.25 to 3"), (["--device", "tpu"], "device"), (["--threads", "-1"], "threads")],
+    [
+        (["--scales", "9"], "0.25 to 3"),
+        (["--device", "tpu"], "device"),
+        (["--threads", "-1"], "threads"),
+        (["--threads", "2000"], "threads"),
+    ],
 )
 def test_a_wrong_option_is_a_sentence(picture: Path, arguments: list[str], words: str) -> None:
     result = run("segment", picture, *arguments)
