@@ -1,6 +1,7 @@
 """The command line: `serve` over HTTP, `segment` pictures without it, `bench` a server, `warm` a model."""
 
 import importlib
+import os
 import signal
 import socket
 import sys
@@ -171,6 +172,7 @@ def serve_on_cluster(
     def tell(text: str) -> None:
         typer.echo(text, err=True)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container's first process would not be ended by it
     try:
         if not stop:
             engines = [Engine(path, "cpu", 1) for path in (settings.model, *settings.models.values())]
@@ -188,7 +190,8 @@ def serve_on_cluster(
     except (cluster.ClusterError, server.CannotListen, ModelError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        return
+        if address:
+            _fail("stopped before it was done", code=130)
 
 
 @cli.command()
@@ -517,6 +520,8 @@ def _settings(**given: Any) -> Settings:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except UnicodeDecodeError:
         _fail("the settings file encnet.env is not text in UTF-8; save it as that", 2)
+    except OSError as error:
+        _fail(f"the settings file encnet.env cannot be read by user {os.geteuid()}: {error.strerror}", 2)
     except ValidationError as error:
         _fail(
             "; ".join(_faults(error, lambda name: name if given.get(name) is not None else f"ENCNET_{name.upper()}")), 2

@@ -45,6 +45,7 @@ SCALE_DOWN_SECONDS = 120.0
 LOAD_SECONDS = 15.0  # over which the load is averaged
 HEALTH_SECONDS = 5.0  # between two checks; a replica that fails three in a row is replaced
 SURGE_PERCENT = 20  # of the replicas that an update may have beside those to be replaced
+LEAST_SHARE = 0.0001  # of a CPU or a GPU
 KNOCK_SECONDS = 5.0
 SPARE_SECONDS = 15.0  # beyond a request's or the grace period's own time, until Ray ends what should have ended
 
@@ -68,9 +69,16 @@ class Layout(BaseModel):
 
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int | None = Field(default=None, ge=1)
-    ongoing_requests: float = Field(default=2.0, gt=0)
-    cpus: float = Field(default=1.0, ge=0)
-    gpus: float = Field(default=0.0, ge=0)
+    ongoing_requests: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    cpus: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    @field_validator("cpus", "gpus")
+    @classmethod
+    def _counted_by_ray(cls, value: float) -> float:
+        if 0 < value < LEAST_SHARE:
+            raise ValueError(f"must be 0 or at least {LEAST_SHARE:g}, the smallest part that Ray counts")
+        return value
 
     @field_validator("gpus")
     @classmethod
@@ -243,20 +251,25 @@ def connected(address: str | None, layout: Layout | None = None) -> Iterator[Non
     """Be part of a Ray cluster: of the one at an address (`auto` for one that this machine is part of), or of one of
     this machine's own that ends with the block.
 
-    Raises ClusterError where there is none, and where this machine alone has no room for the layout.
+    Raises ClusterError where there is none, and where this machine alone has no room for the layout, and
+    KeyboardInterrupt at SIGTERM too.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")  # its own 0.1 takes 3 % of a core, all the time
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # its own 5 kills one that a busy core starts
     _serve_log.setLevel(logging.ERROR)
     mine: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
         if address:
             _knock(address)
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **mine)
+    except SystemExit:  # Ray's own answer to SIGTERM, while it starts
+        raise KeyboardInterrupt from None
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = f"at {address}" if address else "on this machine"
-        raise ClusterError(f"there is no Ray cluster to be had {where}: {_said(error)}") from None
+        raise ClusterError(f"there is no Ray cluster to be had {where}: {' '.join(str(error).split())}") from None
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own would abort and dump core
         if not address and layout:
             check_room(layout, ray.cluster_resources())
         yield

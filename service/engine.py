@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt, ValidationError, model_validator
 
-from service import kernels
+from service import cores, kernels
 from service.cost import Work, window_starts, work_of
 from service.errors import first_line
 
@@ -159,6 +159,9 @@ class Engine:
         lanes: int = 1,
     ) -> None:
         self.path = model
+        own = cores.available()
+        if not threads and own < (os.cpu_count() or 1):
+            threads = own  # ONNX Runtime's own choice goes by the machine's cores, and binds threads to them
         self._session = _open_session(model, execution_providers(device, gpu_memory_limit), threads)
         self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, model)
         self._mask_type = np.uint16 if len(self.metadata.classes) > 255 else np.uint8
@@ -168,7 +171,7 @@ class Engine:
         )
         if device == "cuda" and self.device != "cuda":
             raise ModelError("CUDA was asked for, but ONNX Runtime could not start it on this machine; try device cpu")
-        width = (threads or os.cpu_count() or 1) // lanes
+        width = (threads or own) // lanes
         self.lanes = lanes if self.device == "cpu" and width else 1
         self._narrow = _open_session(model, execution_providers("cpu", 0), width) if self.lanes > 1 else self._session
         self._shapes: dict[ort.InferenceSession, tuple[int, ...]] = {}  # of the last run
@@ -386,12 +389,13 @@ def execution_providers(device: str, gpu_memory_limit: int) -> list[Any]:
 
 def _open_session(model: Path, providers: list[Any], threads: int) -> ort.InferenceSession:
     try:
-        is_file = model.is_file()
+        if not model.is_file():
+            kind = "is a folder, not a file" if model.is_dir() else "does not exist"
+            raise ModelError(f"the model file {model} {kind}; {HOW_TO_EXPORT}")
+        model.open("rb").close()  # ONNX Runtime would give a number for a reason
     except OSError as error:
-        raise ModelError(f"the model file {model} cannot be read: {error.strerror}") from None
-    if not is_file:
-        kind = "is a folder, not a file" if model.is_dir() else "does not exist"
-        raise ModelError(f"the model file {model} {kind}; {HOW_TO_EXPORT}")
+        reason = (error.strerror or str(error)).lower()
+        raise ModelError(f"the model file {model} cannot be read by user {os.geteuid()}: {reason}") from None
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from service import cores
 from service.engine import Engine
 from service.errors import InputError, Refusal
 from service.pipeline import Pipeline
@@ -46,7 +46,7 @@ class Models:
         self._open_engine = open_engine or _open_engine
         self.on_load: Callable[[str, Pipeline], None] = lambda name, pipeline: None
         self._draining = False
-        self.workers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="codec")
+        self.workers = ThreadPoolExecutor(cores.available(), thread_name_prefix="codec")
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="reader")
         paths = {settings.model.stem: settings.model, **settings.models}
         self._served = {name: Served(name, path) for name, path in paths.items()}
@@ -84,13 +84,22 @@ class Models:
             pipeline.holders -= 1
 
     def start(self) -> None:
-        """Load every model and wait for it. Raises engine.ModelError for the first that cannot be served."""
+        """Load every model and wait for all: an interpreter that ends while one still loads aborts.
+
+        Raises engine.ModelError for the first that cannot be served.
+        """
         for served in self.all:
             served.pipeline = self._make(served)
+        failures = []
         for served in self.all:
             assert served.pipeline is not None
-            served.pipeline.device.wait_until_started()
-            served.reason = ""
+            try:
+                served.pipeline.device.wait_until_started()
+                served.reason = ""
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     async def load(self, name: str) -> None:
         """Load a model's file anew. Requests go on with what is loaded until the new one is ready, then finish on it.

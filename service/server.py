@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -121,13 +122,16 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
     """Serve until told to stop; `ready` is called once requests are answered.
 
     Raises engine.ModelError where a model cannot be served at the start, and SystemExit where one has died for good:
-    another process may do better.
+    another process may do better. Told to stop while the models load, the process ends with exit code 0.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is served from startup on; until then it would kill
     logs.set_up(settings.log_format, settings.log_level)
     allocator.return_large_blocks()
     models = Models(settings)
-    models.start()
+    try:
+        models.start()
+    except (KeyboardInterrupt, SystemExit):
+        os._exit(0)  # the threads that load cannot be stopped, and under them the interpreter would abort
     config = uvicorn.Config(
         create_app(models=models),
         log_config=None,

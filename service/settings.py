@@ -16,7 +16,7 @@ class Settings(BaseSettings):
     """Settings of the service; `ENCNET_PORT=9000` sets `port`, and so on for each field.
 
     The same names may stand in a file `encnet.env` in the working directory; the environment wins over it, and the
-    command line over both.
+    command line over both. One that is set to nothing is not set.
 
     `max_pixels` bounds memory: class probabilities at the picture's own size cost H*W*C*4 bytes, so 16 megapixels with
     CamVid's 11 classes take 0.7 GB, and with ADE20K's 150 classes 9.6 GB. A run's peak is about five times that
@@ -25,7 +25,9 @@ class Settings(BaseSettings):
     Raises pydantic.ValidationError for a value out of range.
     """
 
-    model_config = SettingsConfigDict(env_prefix="ENCNET_", env_file="encnet.env", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="ENCNET_", env_file="encnet.env", env_ignore_empty=True, extra="ignore"
+    )
 
     model: Path = Field(default=EMBEDDED_MODEL, description="The .onnx file to serve.")
     models: Annotated[dict[str, Path], NoDecode] = Field(
@@ -34,7 +36,9 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes the GPU where there is one.")
-    threads: int = Field(default=0, ge=0, description="Threads for one inference on the CPU; 0 is one per core.")
+    threads: int = Field(
+        default=0, ge=0, le=1024, description="Threads for one inference on the CPU; 0 is one per core that it may use."
+    )
     lanes: int = Field(
         default=2, ge=1, description="Pictures to run side by side on the CPU, which then share the threads."
     )

@@ -49,7 +49,7 @@ def supervise(command: Sequence[str], listener: socket.socket) -> int:
         if stopping:
             child.terminate()  # the signal came before there was a child to forward it to
         code = _wait(child)
-        if stopping and code in (-signal.SIGTERM, -signal.SIGINT):
+        if stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGINT):
             return 0  # it was told to stop before it could drain, which is no fault of its own
         if stopping or code in (0, *_STARTUP_ERRORS):
             return code if code >= 0 else 128 - code

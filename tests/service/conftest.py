@@ -1,5 +1,6 @@
 """What the suites share: the tiny model loaded, a picture whose mask is known, a client without a network."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,16 @@ def engine(model_file: Path) -> Engine:
 @pytest.fixture
 def settings(model_file: Path) -> Settings:
     return Settings(model=model_file, device="cpu", threads=1)
+
+
+@pytest.fixture
+def powerless() -> Iterator[None]:
+    """The test may read what any user may, where root could read everything."""
+    mine = os.geteuid()
+    if not mine:
+        os.seteuid(65534)
+    yield
+    os.seteuid(mine)
 
 
 @pytest.fixture(scope="session")

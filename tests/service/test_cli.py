@@ -144,7 +144,12 @@ def test_a_missing_model_is_a_sentence(picture: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--scales", "9"], "0.25 to 3"), (["--device", "tpu"], "device"), (["--threads", "-1"], "threads")],
+    [
+        (["--scales", "9"], "0.25 to 3"),
+        (["--device", "tpu"], "device"),
+        (["--threads", "-1"], "threads"),
+        (["--threads", "2000"], "threads"),
+    ],
 )
 def test_a_wrong_option_is_a_sentence(picture: Path, arguments: list[str], words: str) -> None:
     result = run("segment", picture, *arguments)
@@ -172,6 +177,20 @@ def test_a_settings_file_that_is_not_text_is_a_sentence(picture: Path) -> None:
     result = run("segment", picture)
     assert result.exit_code == 2
     assert "encnet.env is not text in UTF-8" in result.stderr
+
+
+@pytest.fixture
+def closed_settings() -> None:
+    """A settings file that nobody may read."""
+    Path("encnet.env").touch(0)
+
+
+def test_a_settings_file_that_may_not_be_read_is_a_sentence(
+    picture: Path, closed_settings: None, powerless: None
+) -> None:
+    result = run("segment", picture)
+    assert result.exit_code == 2
+    assert "encnet.env cannot be read by user" in result.stderr
 
 
 def test_a_host_that_is_none_is_a_sentence() -> None:

@@ -37,10 +37,21 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own, about pydantic
     pytest.importorskip("ray.serve", reason="Ray is not installed (service/requirements-cluster.txt)")
 
+import ray
 from ray import serve
 from ray.serve.schema import ReplicaState
 
-from service.cluster import NAME, ClusterError, Layout, Replica, _deployed, application, check_room, for_worker
+from service.cluster import (
+    NAME,
+    ClusterError,
+    Layout,
+    Replica,
+    _deployed,
+    application,
+    check_room,
+    connected,
+    for_worker,
+)
 
 ROOT = Path(service.__file__).parents[1]
 WAIT = 240
@@ -335,11 +346,50 @@ def session(process: Path) -> int:
         return 0
 
 
+WAITS = """
+import time
+from service import cluster
+
+def wait(settings, layout, tell):
+    print("connected", flush=True)
+    time.sleep(600)
+
+cluster.deploy = wait
+from service.cli import main
+main()
+"""
+
+
+def test_sigterm_before_the_replicas_are_there_ends_the_command_and_its_cluster() -> None:
+    """Ray would abort the process, and print a stack."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS, "cluster", "--port", "0"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "connected\n"
+        process.terminate()
+        assert process.communicate(timeout=WAIT) == ("", None)
+        assert process.returncode == 0
+        until(lambda: process.pid not in map(session, Path("/proc").glob("[0-9]*")))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--model", "none.onnx"], "none.onnx does not exist"),
         (["--gpus", "1.5"], "gpus: must be a part of one GPU"),
+        (["--gpus", "inf"], "gpus: Input should be a finite number"),
+        (["--cpus", "0.00001"], "cpus: must be 0 or at least 0.0001"),
         (["--min-replicas", "3", "--max-replicas", "2"], "max_replicas 2 is below min_replicas 3"),
         (["--stop"], "--stop needs the --address"),
         (["--address", "127.0.0.1:1"], "no Ray cluster to be had at 127.0.0.1:1"),
@@ -350,6 +400,18 @@ def test_what_is_wrong_is_a_sentence(arguments: list[str], words: str, model_fil
     assert done.exit_code in (1, 2)
     assert (done.stdout, len(done.stderr.splitlines())) == ("", 1)
     assert words in done.stderr
+
+
+def test_a_cluster_of_another_version_is_told_with_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.50.0\n    Python: 3.11.7\n")
+
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        pytest.raises(ClusterError, match=r"at auto: .* was started with: Ray: 2\.50\.0 Python: 3\.11\.7$"),
+        connected("auto"),
+    ):
+        pass
 
 
 def test_without_ray_the_command_says_what_to_install() -> None:

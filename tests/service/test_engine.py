@@ -4,7 +4,10 @@ import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -252,6 +255,22 @@ def test_a_graph_whose_outputs_are_others(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "none.onnx")
     assert "cannot be read: File name too long" in refusal(tmp_path / ("n" * 300))
+
+
+@pytest.fixture(params=["m", "m/model.onnx"])
+def closed_file(request: pytest.FixtureRequest, model_file: Path) -> Iterator[Path]:
+    """A model file that nobody may read, or whose folder nobody may look into."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "m").mkdir()
+        shutil.copy(model_file, folder / "m" / "model.onnx")
+        (folder / request.param).chmod(0)
+        yield folder / "m" / "model.onnx"
+
+
+def test_a_file_that_may_not_be_read(closed_file: Path, powerless: None) -> None:
+    assert re.search(r"model.onnx cannot be read by user \d+: permission denied", refusal(closed_file))
 
 
 def test_a_folder(tmp_path: Path) -> None:

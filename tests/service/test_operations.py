@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import service
 from service import logs
 from service.app import create_app
 from service.cli import cli
+from service.engine import Engine, ModelError
 from service.models import Models
 from service.settings import Settings, settings_table
 
@@ -251,8 +253,9 @@ def test_settings_that_would_not_do_what_they_say_are_refused(
 
 
 def test_a_variable_that_is_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENCNET_API_KEYS", "")
-    assert Settings().api_keys == ()
+    for name, _, _ in settings_table():
+        monkeypatch.setenv(name, "")
+    assert Settings() == Settings.model_construct()
 
 
 def test_two_models_of_one_name_are_refused(settings: Settings, other_model: Path) -> None:
@@ -272,6 +275,24 @@ def test_every_setting_is_in_the_readme_and_in_help() -> None:
     for name, default, meaning in settings_table():
         assert f"| `{name}` | {default} | {meaning} |" in readme
         assert name in shown
+
+
+def test_a_model_that_cannot_be_loaded_is_told_once_no_other_is_loading(
+    settings: Settings, other_model: Path, engine: Engine
+) -> None:
+    """The process would abort where it ended under a thread that loads."""
+    loaded = threading.Event()
+
+    def open_engine(path: Path, settings: Settings) -> Engine:
+        if path != other_model:
+            raise ModelError("no model")
+        time.sleep(0.5)
+        loaded.set()
+        return engine
+
+    with pytest.raises(ModelError, match="no model"):
+        Models(settings.model_copy(update={"models": {"other": other_model}}), open_engine).start()
+    assert loaded.is_set()
 
 
 def test_what_was_loaded_before_a_reload_is_gone_at_once(settings: Settings) -> None:

@@ -251,12 +251,53 @@ def test_a_supervisor_gives_up_on_a_server_that_dies_at_once() -> None:
     assert done.stdout.count("born") == QUICK_DEATHS
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGQUIT, 131)])
-def test_a_supervisor_told_to_stop_during_the_start_up_says_how_it_ended(number: signal.Signals, code: int) -> None:
+LOADS_FOR_EVER = """
+from service import cli, models
+from service.engine import Engine
+
+def load(path, settings):
+    print("loading", flush=True)
+    while True:
+        Engine(path, "cpu", 1)
+
+models._open_engine = load
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_the_model_loads_is_no_crash(number: signal.Signals, model_file: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADS_FOR_EVER, "serve", "--port", "0", "--model", str(model_file)],
+        cwd=ROOT,
+        env={**os.environ, "ENCNET_LOG_LEVEL": "error"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=WAIT) == ("", None)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "handler", "code"),
+    [
+        (signal.SIGTERM, "signal.SIG_DFL", 0),
+        (signal.SIGTERM, "lambda *_: sys.exit(143)", 0),
+        (signal.SIGINT, "signal.SIG_DFL", 0),
+        (signal.SIGQUIT, "signal.SIG_DFL", 131),
+    ],
+)
+def test_a_supervisor_told_to_stop_during_the_start_up_says_how_it_ended(
+    number: signal.Signals, handler: str, code: int
+) -> None:
     script = (
         "import socket, sys\n"
         "from service.supervisor import supervise\n"
-        "born = 'import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); print(1, flush=True); '\n"
+        f"born = 'import signal, sys, time; signal.signal({int(number)}, {handler}); print(1, flush=True); '\n"
         "born += 'time.sleep(60)'\n"
         "sys.exit(supervise([sys.executable, '-c', born], socket.create_server(('127.0.0.1', 0))))"
     )
@@ -266,6 +307,29 @@ def test_a_supervisor_told_to_stop_during_the_start_up_says_how_it_ended(number:
     process.send_signal(number)
     process.stdout.close()
     assert process.wait(WAIT) == code
+
+
+IMPORTS_SLOWLY = """
+import runpy, sys, time, types
+
+class Slow(types.ModuleType):
+    def __getattr__(self, name):
+        print("importing", flush=True)
+        time.sleep(600)
+
+sys.modules["service.cli"] = Slow("service.cli")
+runpy.run_module("service", run_name="__main__")
+"""
+
+
+def test_sigterm_is_handled_before_the_imports_are_done() -> None:
+    """As a container's first process it would otherwise be ignored."""
+    process = subprocess.Popen([sys.executable, "-c", IMPORTS_SLOWLY], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "importing\n"
+    process.terminate()
+    process.stdout.close()
+    assert process.wait(WAIT) == 143
 
 
 BECOMES_FIRST_PROCESS = """
