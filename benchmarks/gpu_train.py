@@ -9,7 +9,6 @@ and the best networks' weights in files of at most 15 MB (benchmarks/split_weigh
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -21,11 +20,10 @@ import torch
 from rich.console import Console
 
 from benchmarks import ablation
-from benchmarks.command import ROOT
+from benchmarks.command import ROOT, write_json
 from benchmarks.runs import Job, RunError, advance, call_until
 from benchmarks.split_weights import split
 from model.arguments import minutes
-from model.files import replacing
 from model.recipe import RecipeError
 
 RECIPES = ROOT / "model" / "recipes"
@@ -126,9 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         done = [job for job in main_jobs(options.data, words) if not job.missing(options.out)]
         figures = {job.name: {view: job.totals(options.out, view) for view in job.views} for job in done}
         document: dict[str, Any] = {"left": left, "failed": failed, "runs": figures}
-        results.mkdir(exist_ok=True)
-        with replacing(results / "runs.json") as file:
-            file.write(json.dumps(document, indent=1).encode() + b"\n")
+        write_json(results / "runs.json", document)
     except (RunError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.command import RESULTS, facts, option_parser
+from benchmarks.command import RESULTS, facts, option_parser, write_json
 from benchmarks.pictures import DAMAGES, grey_png, hurtful_files, real_pictures
 from benchmarks.server import Server, serving
 from benchmarks.wire import Failure, Request, address, exchange, faults, form, request_bytes
@@ -643,8 +643,7 @@ def main() -> None:
     for failure in result["failures"]:
         console.print(failure, markup=False)
     command = f"python -m benchmarks.malformed --count {options.count} --seed {options.seed}"
-    document = {**facts(command), **result}
-    (RESULTS / "malformed.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_json(RESULTS / "malformed.json", {**facts(command), **result})
     sys.exit(0 if all(result["promises"].values()) else 1)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import RESULTS, facts, option_parser
+from benchmarks.command import RESULTS, facts, option_parser, write_json
 from benchmarks.pictures import photo
 from benchmarks.server import serving
 from benchmarks.wire import address, request_bytes
@@ -198,7 +198,7 @@ def main() -> None:
     for promise, kept in result["promises"].items():
         console.print(f"{'kept  ' if kept else 'BROKEN'} {promise}")
     command = f"python -m benchmarks.overload --clients {options.clients} --seconds {options.seconds:g}"
-    (RESULTS / "overload.json").write_text(json.dumps({**facts(command), **result}, indent=1) + "\n")
+    write_json(RESULTS / "overload.json", {**facts(command), **result})
     sys.exit(0 if all(result["promises"].values()) else 1)
 
 

@@ -7,14 +7,13 @@ their usual size. A plot lies beside the figures.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_output, commit, option_parser
+from benchmarks.command import add_output, commit, option_parser, write_json
 from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
 from model.checkpoint import CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, open_dataset
@@ -92,9 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, path in (("with", options.with_factor), ("without", options.without_factor)):
             factor, digest, rows = rows_of(path, options)
             document[name] = {"reference_positions": factor, "sha256": digest, "rows": rows}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(options.output) as file:
-            file.write(json.dumps(document, indent=1).encode() + b"\n")
+        write_json(options.output, document)
         with replacing(options.output.with_suffix(".png")) as file:
             plot(document).savefig(file, format="png", dpi=110)
     except (EvaluationError, DeviceError, CheckpointError, DataError, OSError) as error:

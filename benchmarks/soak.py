@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.command import RESULTS, facts, option_parser
+from benchmarks.command import RESULTS, facts, option_parser, write_json
 from benchmarks.malformed import TIMEOUT_MS, Stock, Tally, malformed, send, stock_for, table
 from benchmarks.pictures import photo
 from benchmarks.server import Server, serving
@@ -175,7 +175,7 @@ def main() -> None:
     for failure in result["failures"]:
         console.print(failure, markup=False)
     command = f"python -m benchmarks.soak --minutes {options.minutes:g} --seed {options.seed}"
-    (RESULTS / "soak.json").write_text(json.dumps({**facts(command), **result}, indent=1) + "\n")
+    write_json(RESULTS / "soak.json", {**facts(command), **result})
     sys.exit(0 if all(result["promises"].values()) else 1)
 
 

@@ -36,11 +36,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.command import RESULTS, ROOT, commit
+from benchmarks.command import RESULTS, ROOT, commit, write_json
 from benchmarks.gpu_parts import broadcast_form
 from model.augment import StepSampler
 from model.encoding import Encoding, backend, encode_reference
-from model.files import replacing
 from model.recipe import Recipe, RecipeError, read_recipe
 from model.train import Run, validate
 
@@ -286,8 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     def keep(found: dict[str, Any]) -> None:
         result.update(found)
         print("\n".join(f"{key}: {value}" for key, value in found.items()), flush=True)
-        with replacing(output) as file:
-            file.write(json.dumps(result, indent=1).encode() + b"\n")
+        write_json(output, result)
 
     with tempfile.TemporaryDirectory() as folder:
         size = PICTURE_SIZE if settings.crop > 100 else (120, 160)
