@@ -82,6 +82,7 @@ def test_average_precision_is_that_of_scikit_learn():
 def test_f1():
     scores, present = numpy.array([0.5, 0.4, 0.9, 0.1]), numpy.array([True, True, False, False])
     assert f1(scores, present) == pytest.approx(2 * 1 / (2 + 2))
+    assert f1(scores, present, threshold=0.3) == pytest.approx(2 * 2 / (3 + 2))
     assert f1(scores, present, threshold=0.95) == 0
     assert numpy.isnan(f1(numpy.zeros(2), numpy.zeros(2, dtype=bool)))
     assert f1(numpy.ones(2), numpy.zeros(2, dtype=bool)) == 0
