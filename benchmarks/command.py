@@ -6,8 +6,9 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from model.files import replacing
 
@@ -42,6 +43,14 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(json.dumps(document, indent=1).encode() + b"\n")
+
+
+def conclude(name: str, command: str, result: dict[str, Any]) -> NoReturn:
+    """End a run whose result has `promises`: print which were kept, write the result, exit with 1 where one was not."""
+    for promise, kept in result["promises"].items():
+        print(f"{'kept  ' if kept else 'BROKEN'} {promise}")
+    write_json(RESULTS / name, {**facts(command), **result})
+    sys.exit(0 if all(result["promises"].values()) else 1)
 
 
 def commit() -> str:

@@ -8,7 +8,6 @@ is worth carrying away, small files only: figures, curves, contact sheets and th
 and the best networks' weights in files of at most 15 MB (benchmarks/split_weights.py joins them).
 """
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import ablation
-from benchmarks.command import ROOT, write_json
+from benchmarks.command import ROOT, option_parser, write_json
 from benchmarks.runs import Job, RunError, advance, call_until
 from benchmarks.split_weights import split
 from model.arguments import minutes
@@ -109,7 +108,7 @@ def piece(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser("gpu_train", __doc__)
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of model.train, for every run")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with camvid/ and msrc21/")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="default: %(default)s")
