@@ -35,6 +35,7 @@ def test_rates_of_a_small_example():
     numpy.testing.assert_allclose(intersection_over_union(COUNTS), [1 / 2, 2 / 3, numpy.nan])
     numpy.testing.assert_allclose(class_accuracy(COUNTS), [1 / 2, 1, numpy.nan])
     assert pixel_accuracy(COUNTS) == 3 / 4
+    assert pixel_accuracy(numpy.diag([1, 0])) == 1
     assert mean_iou(COUNTS) == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert mean_iou_authors(COUNTS) == pytest.approx((1 / 2 + 2 / 3) / 3)
 
