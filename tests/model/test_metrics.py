@@ -95,6 +95,7 @@ def test_reliability_counts_by_bins_of_equal_width():
     assert found.counts.tolist() == [2, 1, 0, 0, 2]
     numpy.testing.assert_allclose(found.scores, [0.095, 0.2, numpy.nan, numpy.nan, 0.9995])
     numpy.testing.assert_allclose(found.frequencies, [0.5, 1, numpy.nan, numpy.nan, 0.5])
+    assert len(reliability(scores, scores > 0.5).counts) == 15, "published figures are with as many"
 
 
 def test_expected_calibration_error_by_hand():
