@@ -8,7 +8,6 @@ printed and everything so far is written to --output, OUT/ablation.json without 
 both variants have, of the differences between runs of the same seed, with their standard deviations.
 """
 
-import json
 import math
 import statistics
 import sys
@@ -21,10 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import option_parser
+from benchmarks.command import option_parser, write_json
 from benchmarks.runs import Job, RunError, refuse_seed, run_facts, work_off
 from model.arguments import at_least_one, minutes
-from model.files import replacing
 from model.recipe import Recipe, RecipeError, read_recipe
 
 VIEW = "test"
@@ -114,9 +112,7 @@ def write(
     if not rows:
         return
     found = summary(rows)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as file:
-        file.write(json.dumps({**about, **found, "rows": rows}, indent=1).encode() + b"\n")
+    write_json(output, {**about, **found, "rows": rows})
     console.print(table(found, f"{about['data']}: {len(rows)} of {len(planned)} runs"))
 
 

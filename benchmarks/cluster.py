@@ -7,13 +7,12 @@ A replica runs the model on one thread, and is held to one core; Ray's proxy and
 and measured, then with two. The number of clients is the same for each replica.
 """
 
-import json
 import os
 import statistics
 import time
 from pathlib import Path
 
-from benchmarks.command import STREET, add_output, facts, option_parser
+from benchmarks.command import STREET, add_output, facts, option_parser, write_json
 from service import bench, cluster
 from service.server import listen
 from service.settings import Settings
@@ -102,7 +101,7 @@ def main() -> None:
         "two_to_one_median": round(statistics.median(ratios), 3),
     }
     print(f"two replicas on two cores: {result['two_to_one_median']} x one on one")
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.output, result)
 
 
 if __name__ == "__main__":

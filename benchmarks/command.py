@@ -1,12 +1,16 @@
 """What the commands here share: how their options are read, where results lie, and the facts beside every figure."""
 
 import argparse
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from model.files import replacing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,6 +36,21 @@ def add_output(parser: argparse.ArgumentParser, name: str) -> None:
     """The option --output: a JSON file for the figures, by default of this name among the results."""
     text = f"file for the figures (default: benchmarks/results/{name})"
     parser.add_argument("--output", type=Path, default=RESULTS / name, metavar="FILE.json", help=text)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write figures, whole or not at all; folders on the way are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps(document, indent=1).encode() + b"\n")
+
+
+def conclude(name: str, command: str, result: dict[str, Any]) -> NoReturn:
+    """End a run whose result has `promises`: print which were kept, write the result, exit with 1 where one was not."""
+    for promise, kept in result["promises"].items():
+        print(f"{'kept  ' if kept else 'BROKEN'} {promise}")
+    write_json(RESULTS / name, {**facts(command), **result})
+    sys.exit(0 if all(result["promises"].values()) else 1)
 
 
 def commit() -> str:

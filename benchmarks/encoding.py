@@ -8,7 +8,6 @@ numbers), the matmul twin in PyTorch, and the op's body in ONNX Runtime's standa
 beyond its arguments and results.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from benchmarks.command import add_output, commit, hardware, option_parser
+from benchmarks.command import add_output, commit, hardware, option_parser, write_json
 from benchmarks.memory import extra_kilobytes
 from export import encoding_op
 from model import kernels
@@ -263,8 +262,7 @@ def main() -> None:
         "memory": memory,
         "rows": rows,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import RESULTS, ROOT, commit
+from benchmarks.command import RESULTS, ROOT, commit, option_parser, write_json
 from model.files import replacing
 
 # Parts in the order of their worth, with the most seconds each may take, and all together.
@@ -258,8 +258,7 @@ def check(device: str, gpu: str, output: Path, only: list[str]) -> int:
             part["not_run"].append(f"{name}: the time was up after {seconds:.0f} s")
         part["seconds"] = round(time.monotonic() - begun, 1)
         result["parts"][name] = part
-        with replacing(output) as file:
-            file.write(json.dumps(result, indent=1).encode() + b"\n")
+        write_json(output, result)
         failed = sum(wrong is not None for wrong in part["checks"].values())
         print(f"{name}: {part['seconds']} s, {len(part['checks'])} checks, {failed} failed", flush=True)
     print(table(result))
@@ -271,7 +270,7 @@ def check(device: str, gpu: str, output: Path, only: list[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser("gpu_check", __doc__)
     parser.add_argument("--only", nargs="+", choices=list(SECONDS), default=[], metavar="PART", help=", ".join(SECONDS))
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="instead of benchmarks/results/<GPU>.json")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what this command tells its own children

@@ -8,8 +8,6 @@ is worth carrying away, small files only: figures, curves, contact sheets and th
 and the best networks' weights in files of at most 15 MB (benchmarks/split_weights.py joins them).
 """
 
-import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -21,11 +19,10 @@ import torch
 from rich.console import Console
 
 from benchmarks import ablation
-from benchmarks.command import ROOT
+from benchmarks.command import ROOT, option_parser, write_json
 from benchmarks.runs import Job, RunError, advance, call_until
 from benchmarks.split_weights import split
 from model.arguments import minutes
-from model.files import replacing
 from model.recipe import RecipeError
 
 RECIPES = ROOT / "model" / "recipes"
@@ -106,7 +103,7 @@ def piece(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser("gpu_train", __doc__)
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of model.train, for every run")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with camvid/ and msrc21/")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="default: %(default)s")
@@ -121,9 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         done = [job for job in main_jobs(options.data, words) if not job.missing(options.out)]
         figures = {job.name: {view: job.totals(options.out, view) for view in job.views} for job in done}
         document: dict[str, Any] = {"left": left, "failed": failed, "runs": figures}
-        results.mkdir(exist_ok=True)
-        with replacing(results / "runs.json") as file:
-            file.write(json.dumps(document, indent=1).encode() + b"\n")
+        write_json(results / "runs.json", document)
     except (RunError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

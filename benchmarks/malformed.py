@@ -15,7 +15,6 @@ import itertools
 import json
 import random
 import struct
-import sys
 import threading
 import time
 import zlib
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.command import RESULTS, facts, option_parser
+from benchmarks.command import conclude, option_parser
 from benchmarks.pictures import DAMAGES, grey_png, hurtful_files, real_pictures
 from benchmarks.server import Server, serving
 from benchmarks.wire import Failure, Request, address, exchange, faults, form, request_bytes
@@ -637,15 +636,11 @@ def main() -> None:
         result, tally = run(server, options.count, options.seed, options.clients)
     console = Console()
     console.print(table(tally))
-    for promise, kept in result["promises"].items():
-        console.print(f"{'kept  ' if kept else 'BROKEN'} {promise}")
     console.print(f"memory {result['memory_mb']} MB, slowest {result['slowest']}")
     for failure in result["failures"]:
         console.print(failure, markup=False)
     command = f"python -m benchmarks.malformed --count {options.count} --seed {options.seed}"
-    document = {**facts(command), **result}
-    (RESULTS / "malformed.json").write_text(json.dumps(document, indent=1) + "\n")
-    sys.exit(0 if all(result["promises"].values()) else 1)
+    conclude("malformed.json", command, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ shares the machine with the server: latencies hold what that costs.
 import asyncio
 import json
 import random
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import RESULTS, facts, option_parser
+from benchmarks.command import conclude, option_parser
 from benchmarks.pictures import photo
 from benchmarks.server import serving
 from benchmarks.wire import address, request_bytes
@@ -195,11 +194,8 @@ def main() -> None:
     for name, row in rows:
         drawn.add_row(name, *(str(value) for value in row.values()))
     console.print(drawn)
-    for promise, kept in result["promises"].items():
-        console.print(f"{'kept  ' if kept else 'BROKEN'} {promise}")
     command = f"python -m benchmarks.overload --clients {options.clients} --seconds {options.seconds:g}"
-    (RESULTS / "overload.json").write_text(json.dumps({**facts(command), **result}, indent=1) + "\n")
-    sys.exit(0 if all(result["promises"].values()) else 1)
+    conclude("overload.json", command, result)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,17 @@ where `python -m model.calibrate` has put a calibration into the checkpoint. Mea
 score tells pictures with a class from those without, the expected calibration error how far its number can be believed.
 """
 
-import json
-
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.command import add_checkpoint, add_output, commit, hardware, option_parser
+from benchmarks.command import add_checkpoint, add_output, commit, hardware, option_parser, write_json
 from model.calibrate import comparison_table, figures
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
 from model.encnet import EncNet, surest_pixel
 from model.evaluation import EvaluationError, check_classes
-from model.files import replacing
 from model.losses import presence_targets
 from model.predict import normalise, presence_scores, view_of
 
@@ -75,9 +72,7 @@ def main() -> None:
         "torch": torch.__version__,
         "sources": found,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(options.output) as file:
-        file.write(json.dumps(result, indent=1).encode() + b"\n")
+    write_json(options.output, result)
     Console().print(comparison_table(found, f"{result['data']}, {options.split}: {len(data)} pictures"))
 
 

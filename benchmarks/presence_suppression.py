@@ -9,7 +9,6 @@ validation split, and the figure that counts is the test split's. Presence is ta
 `python -m model.calibrate` has put a calibration into the checkpoint, calibrated too.
 """
 
-import json
 from typing import Any
 
 import numpy
@@ -17,11 +16,11 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.command import add_checkpoint, add_output, commit, hardware, option_parser
+from benchmarks.command import add_checkpoint, add_output, commit, hardware, option_parser, write_json
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
-from model.files import replacing
+from model.evaluation import EvaluationError, check_classes
 from model.losses import presence_targets
 from model.metrics import confusion, mean_iou, pixel_accuracy
 from model.predict import predict
@@ -80,11 +79,10 @@ def main() -> None:
     try:
         checkpoint = load_checkpoint(options.checkpoint)
         splits = {split: open_dataset(options.data, split) for split in ("val", "test")}
-        if checkpoint.config.num_classes != len(splits["val"].classes):
-            parser.error(f"the checkpoint has {checkpoint.config.num_classes} classes, the data set another number")
+        check_classes(checkpoint, splits["val"])
         model = build_model(checkpoint)
         found = {split: study(checkpoint, model, data) for split, data in splits.items()}
-    except (CheckpointError, DataError) as error:
+    except (CheckpointError, DataError, EvaluationError) as error:
         parser.error(str(error))
     best = {family: chosen(found["val"], family) for family in ("remove", "weight")}
     result: dict[str, Any] = {
@@ -107,9 +105,7 @@ def main() -> None:
         },
         **found,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(options.output) as file:
-        file.write(json.dumps(result, indent=1).encode() + b"\n")
+    write_json(options.output, result)
     print(f"{'mIoU %':<28}{'val':>8}{'test':>8}")
     for rule in found["val"]:
         mark = "  chosen on val" if rule in best.values() else ""

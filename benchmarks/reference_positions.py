@@ -10,13 +10,12 @@ the factor was 1 in training, a run with the plain sum would have had the same w
 
 import argparse
 import dataclasses
-import json
 import sys
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_checkpoint, add_output, commit, option_parser
+from benchmarks.command import add_checkpoint, add_output, commit, option_parser, write_json
 from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, open_dataset
@@ -99,9 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
             "with": rows_of(checkpoint, "with the factor", options),
             "without": rows_of(dataclasses.replace(checkpoint, config=plain_sum), "without", options),
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(options.output) as file:
-            file.write(json.dumps(document, indent=1).encode() + b"\n")
+        write_json(options.output, document)
         with replacing(options.output.with_suffix(".png")) as file:
             plot(document).savefig(file, format="png", dpi=110)
     except (EvaluationError, DeviceError, CheckpointError, DataError, OSError) as error:

@@ -17,7 +17,6 @@ Throughput is answers over the seconds until the last of them; latencies of all 
 
 import argparse
 import http.client
-import json
 import os
 import platform
 import signal
@@ -38,7 +37,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from benchmarks.command import ROOT, STREET, add_output, commit, hardware, option_parser, processor
+from benchmarks.command import ROOT, STREET, add_output, commit, hardware, option_parser, processor, write_json
 from benchmarks.peers.segmenter import THREADS, Segmenter
 from service import bench
 from service.engine import Engine
@@ -319,8 +318,7 @@ def main() -> None:
         "answers are the same bytes": True,
         **report,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.output, result)
 
 
 def summary(

@@ -27,7 +27,7 @@ import numpy as np
 import onnxruntime as ort
 from rich.progress import track
 
-from benchmarks.command import RESULTS, facts, option_parser, processor
+from benchmarks.command import RESULTS, facts, option_parser, processor, write_json
 from benchmarks.pictures import photo
 from service.cost import work_of
 from service.engine import Engine, ModelError
@@ -240,8 +240,7 @@ def main() -> None:
         "flops_by_pixel": round(flops),
         "gpu_ms": {str(load): round(computed_gpu_ms(engine, load, flops), 3) for load in LOADS},
     }
-    RESULTS.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(RESULT, result)
     if "cpu" in result:
         print("\n".join(rows(result)))
 

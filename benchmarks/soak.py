@@ -12,7 +12,6 @@ import itertools
 import json
 import random
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.command import RESULTS, facts, option_parser
+from benchmarks.command import conclude, option_parser
 from benchmarks.malformed import TIMEOUT_MS, Stock, Tally, malformed, send, stock_for, table
 from benchmarks.pictures import photo
 from benchmarks.server import Server, serving
@@ -169,14 +168,11 @@ def main() -> None:
         "samples_mb": [[round(at), round(size / 2**20)] for at, size in samples[:: max(1, len(samples) // 60)]],
     }
     console.print(table(tally))
-    for promise, kept in result["promises"].items():
-        console.print(f"{'kept  ' if kept else 'BROKEN'} {promise}")
     console.print(f"memory {result['memory_mb']} MB")
     for failure in result["failures"]:
         console.print(failure, markup=False)
     command = f"python -m benchmarks.soak --minutes {options.minutes:g} --seed {options.seed}"
-    (RESULTS / "soak.json").write_text(json.dumps({**facts(command), **result}, indent=1) + "\n")
-    sys.exit(0 if all(result["promises"].values()) else 1)
+    conclude("soak.json", command, result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import option_parser
+from benchmarks.command import option_parser, write_json
 from model.files import replacing
 
 PART_BYTES = 15_000_000
@@ -41,8 +41,7 @@ def split(file: Path, folder: Path, part_bytes: int = PART_BYTES) -> list[Path]:
             target.write(content[start : start + part_bytes])
         parts.append(part)
         entries.append(entry(part.name, content[start : start + part_bytes]))
-    with replacing(folder / MANIFEST) as target:
-        target.write(json.dumps(entry(file.name, content) | {"parts": entries}, indent=1).encode() + b"\n")
+    write_json(folder / MANIFEST, entry(file.name, content) | {"parts": entries})
     for old in before.difference(parts):
         old.unlink()
     return parts

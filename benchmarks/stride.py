@@ -18,14 +18,13 @@ import onnxruntime
 import torch
 from rich.progress import Progress, track
 
-from benchmarks.command import add_checkpoint, add_output, commit, hardware, option_parser
+from benchmarks.command import add_checkpoint, add_output, commit, hardware, option_parser, write_json
 from export.core import core_model
 from export.whole import whole_model
 from model.arguments import at_least_one
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
 from model.evaluation import EvaluationError, Options, check_classes, evaluate
-from model.files import replacing
 from model.metrics import mean_iou, pixel_accuracy
 
 PICTURE = (360, 480)
@@ -103,9 +102,7 @@ def main() -> None:
         },
         "time_ratio_8_over_16": round(medians[8] / medians[16], 2),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(options.output) as file:
-        file.write(json.dumps(result, indent=2).encode() + b"\n")
+    write_json(options.output, result)
     print(json.dumps(result, indent=2))
 
 

@@ -14,7 +14,6 @@ waited for. On a GPU the kernels are built first. Results go to benchmarks/resul
 they come.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -36,11 +35,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.command import RESULTS, ROOT, commit
+from benchmarks.command import RESULTS, ROOT, commit, option_parser, write_json
 from benchmarks.gpu_parts import broadcast_form
-from model.augment import StepSampler
+from model.arguments import at_least_one
 from model.encoding import Encoding, backend, encode_reference
-from model.files import replacing
+from model.pictures import StepSampler
 from model.recipe import Recipe, RecipeError, read_recipe
 from model.train import Run, validate
 
@@ -262,10 +261,12 @@ def measure(recipe: dict[str, Any], data: Path, out: Path, rounds: int, keep: Ca
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser("training", __doc__)
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of model.train")
-    parser.add_argument("--rounds", type=int, default=20, help="timings of each (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help="of the made-up data set")
+    parser.add_argument(
+        "--rounds", type=at_least_one, default=20, metavar="N", help="timings of each (default: %(default)s)"
+    )
+    parser.add_argument("--pictures", type=at_least_one, default=PICTURES, metavar="N", help="of the made-up data set")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="instead of benchmarks/results/training-...")
     options = parser.parse_intermixed_args(arguments)
     cuda = torch.cuda.is_available()
@@ -286,8 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     def keep(found: dict[str, Any]) -> None:
         result.update(found)
         print("\n".join(f"{key}: {value}" for key, value in found.items()), flush=True)
-        with replacing(output) as file:
-            file.write(json.dumps(result, indent=1).encode() + b"\n")
+        write_json(output, result)
 
     with tempfile.TemporaryDirectory() as folder:
         size = PICTURE_SIZE if settings.crop > 100 else (120, 160)

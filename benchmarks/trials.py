@@ -9,7 +9,6 @@ not done again. After every run the table is printed and everything so far is wr
 means over the seeds of the differences between runs of the same seed, with their standard deviations.
 """
 
-import json
 import math
 import sys
 import time
@@ -21,10 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ablation import cell, spread
-from benchmarks.command import option_parser
+from benchmarks.command import option_parser, write_json
 from benchmarks.runs import Job, RunError, refuse_seed, run_facts, work_off
 from model.arguments import at_least_one, minutes
-from model.files import replacing
 from model.recipe import RecipeError
 
 AS_IT_IS = "the recipe"
@@ -67,8 +65,7 @@ def write(planned: dict[tuple[str, int], Job], root: Path, about: dict[str, Any]
     rows = summary(planned, root)
     if not rows:
         return
-    with replacing(root / "trials.json") as file:
-        file.write(json.dumps({**about, "trials": rows}, indent=1).encode() + b"\n")
+    write_json(root / "trials.json", {**about, "trials": rows})
     done = sum(row[SPLITS[0]]["runs"] for row in rows)
     shown = Table(title=f"{about['data']}: {done} of {len(planned)} runs")
     for heading in ("trial", "runs", *(f"{split} {what}" for split in SPLITS for what in ("mIoU %", "gain"))):

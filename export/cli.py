@@ -43,9 +43,9 @@ examples:
   python -m export runs/final.pt --output street.onnx --scales 0.5,0.75,1,1.25 --flip
   python -m export street.onnx --triton-repository models
 
-The exit code is 0 when the file is written, 1 when ONNX Runtime and PyTorch disagree, 2 for input that cannot be
-exported, 130 when it is stopped. In these cases no file is left behind that did not pass the comparison, and one that
-was there before stays as it was.
+The exit code is 0 when the file is written, 1 when ONNX Runtime and PyTorch disagree, or the graph for Triton and the
+whole graph, 2 for input that cannot be exported, 130 when it is stopped. In these cases no file is left behind that did
+not pass the comparison, and one that was there before stays as it was.
 """
 
 

@@ -6,4 +6,4 @@ class ExportError(ValueError):
 
 
 class ParityError(ExportError):
-    """The written graph and PyTorch disagree by more than the stated tolerance."""
+    """Two forms of one network disagree by more than the stated tolerance; no file is written."""

@@ -6,7 +6,7 @@ composition of the batch nor the order of a sum decides a bit.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,6 @@ import numpy
 import torch
 from numpy.random import Generator, SeedSequence, default_rng
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from model.losses import IGNORE
 
@@ -183,40 +182,3 @@ def recolour(pixels: Tensor, draws: Draws) -> Tensor:
     if not draws.curves.shape[1]:
         return pixels.to(torch.uint8)
     return draws.curves.gather(2, pixels.long().flatten(2)).view(pixels.shape)
-
-
-class StepSampler(Sampler):
-    """Batches of (epoch, index) keys from `first_step` to the last; each process takes its share of every batch.
-
-    Every epoch is a fresh seeded permutation; an epoch's incomplete last batch is dropped. A batch that is worked off
-    in `parts` is divided first into these and then among the processes, so that part for part all processes together
-    have the crops that one process would have.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch: int,
-        epochs: int,
-        seed: int,
-        first_step: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-        parts: int = 1,
-    ) -> None:
-        self.size, self.batch, self.epochs, self.seed = size, batch, epochs, seed
-        self.first_step, self.rank, self.processes, self.parts = first_step, rank, processes, parts
-        self.steps_per_epoch = size // batch
-
-    def __len__(self) -> int:
-        return self.steps_per_epoch * self.epochs - self.first_step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first_epoch, skip = divmod(self.first_step, self.steps_per_epoch)
-        for epoch in range(first_epoch, self.epochs):
-            order = default_rng(SeedSequence([self.seed, epoch])).permutation(self.size)
-            for step in range(skip, self.steps_per_epoch):
-                batch = order[step * self.batch : (step + 1) * self.batch]
-                mine = batch.reshape(self.parts, self.processes, -1)[:, self.rank].ravel()
-                yield [(epoch, int(index)) for index in mine]
-            skip = 0

@@ -1,4 +1,4 @@
-"""The paper's classifier for CIFAR-10 (section 4.4): a 14-layer ResNet whose blocks are gated by their encodings.
+"""The paper's classifier for CIFAR-10 (table 6): a 14-layer ResNet whose blocks are gated by their encodings.
 
 A variant is named by its codewords and the channels of its first stage: the paper's are 16k64d and 32k128d.
 """

@@ -9,7 +9,7 @@ BACKBONES = tuple(f"resnet{depth}{stem}" for depth in (18, 34, 50, 101) for stem
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """EncNet's architecture (paper section 3; defaults are those of the authors' EncNet-50s for ADE20K).
+    """EncNet's architecture (paper, figure 2; defaults are those of the authors' EncNet-50s for ADE20K).
 
     num_classes: number of classes C of both heads.
     backbone: `resnet{18,34,50,101}` followed by nothing (7x7 stem), `s` (3x3 stem 64-64-128) or `c` (32-32-64).

@@ -1,4 +1,4 @@
-"""EncNet: a dilated ResNet, the Context Encoding Module, and the heads (paper section 3, figure 2)."""
+"""EncNet: a dilated ResNet, the Context Encoding Module, and the heads (paper, figure 2)."""
 
 from typing import NamedTuple
 
@@ -178,7 +178,7 @@ class StagePresence(nn.Module):
 
 
 class EncNet(nn.Module):
-    """The whole network (paper section 3, figure 2); `config` is all that is needed to build it again."""
+    """The whole network (paper, figure 2); `config` is all that is needed to build it again."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

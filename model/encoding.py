@@ -1,6 +1,6 @@
 """The Encoding layer: every position votes softly for codewords, the scene is the sum of its residuals.
 
-Zhang et al., "Context Encoding for Semantic Segmentation" (CVPR 2018), section 3.1, equation 1. The code's `scale` is
+Zhang et al., "Context Encoding for Semantic Segmentation" (CVPR 2018), equation 1. The code's `scale` is
 minus the paper's smoothing factor s_k, so that the assignment logits are `scale_k * ||x_i - c_k||^2`.
 
 `encode` is the operator `torch.ops.encnet.encode`: opaque to tracing (so that it is exported as one node), with a fake
@@ -77,7 +77,15 @@ def encode_reference(x: Tensor, codewords: Tensor, scale: Tensor, reference_posi
 def encode_backward_reference(
     grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The twin of `encode_backward`: the specification's closed form (section 5.1), the weights computed anew."""
+    """The twin of `encode_backward`: the derivatives of `encode_reference` in closed form, the weights computed anew.
+
+    grad: (B, K, D), of the result. Returns the gradients of x (B, D, H, W), codewords (K, D) and scale (K,), float32
+    (float64 for float64 x). With the weights A, the squared distances d, p_ik = grad_k . (x_i - c_k), and the gradient
+    of the assignment logits l_ik = A_ik (p_ik - sum_j A_ij p_ij):
+        x_i:      sum_k t_ik,  t_ik = A_ik grad_k + 2 scale_k l_ik (x_i - c_k)
+        c_k:    - sum_i t_ik
+        scale_k:  sum_i l_ik d_ik
+    """
     positions = _positions(x)
     c, s = codewords.to(positions.dtype), scale.to(positions.dtype)
     g = grad.to(positions.dtype) * _factor(reference_positions, positions.shape[1])

@@ -1,4 +1,4 @@
-"""EncNet's training objective (paper section 3.2): pixels, presence (the SE-loss) and the auxiliary head."""
+"""EncNet's training objective: pixels, presence (the paper's Semantic Encoding Loss) and the auxiliary head."""
 
 from typing import NamedTuple
 

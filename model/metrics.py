@@ -34,7 +34,7 @@ def mean_iou(counts: numpy.ndarray) -> float:
 
 
 def mean_iou_authors(counts: numpy.ndarray) -> float:
-    """Mean over all classes, one that occurs nowhere counting 0, as PyTorch-Encoding has it (specification 2.3)."""
+    """Mean over all classes, one that occurs nowhere counting 0, as PyTorch-Encoding has it."""
     return float(numpy.nan_to_num(intersection_over_union(counts)).mean())
 
 

@@ -1,4 +1,4 @@
-"""Where a split's decoded pictures stay while they are trained on, and batches of crops from there."""
+"""Where a split's decoded pictures stay while they are trained on, the order they come in, and batches of crops."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy
 import torch
+from numpy.random import SeedSequence, default_rng
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.augment import Augmentation, Draw, Draws, bytes_of, crops, draw_for, pack, stack
 from model.data import SegmentationData
@@ -84,6 +85,43 @@ def collate(samples: Sequence[Sample]) -> Material:
     """What a batch of crops is made of, from what each of them is."""
     places = places_of([sample.size for sample in samples])
     return Material(torch.cat([sample.packed for sample in samples]), places, stack([s.draw for s in samples]))
+
+
+class StepSampler(Sampler):
+    """Batches of (epoch, index) keys from `first_step` to the last; each process takes its share of every batch.
+
+    Every epoch is a fresh seeded permutation; an epoch's incomplete last batch is dropped. A batch that is worked off
+    in `parts` is divided first into these and then among the processes, so that part for part all processes together
+    have the crops that one process would have.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        epochs: int,
+        seed: int,
+        first_step: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        parts: int = 1,
+    ) -> None:
+        self.size, self.batch, self.epochs, self.seed = size, batch, epochs, seed
+        self.first_step, self.rank, self.processes, self.parts = first_step, rank, processes, parts
+        self.steps_per_epoch = size // batch
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.epochs - self.first_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        first_epoch, skip = divmod(self.first_step, self.steps_per_epoch)
+        for epoch in range(first_epoch, self.epochs):
+            order = default_rng(SeedSequence([self.seed, epoch])).permutation(self.size)
+            for step in range(skip, self.steps_per_epoch):
+                batch = order[step * self.batch : (step + 1) * self.batch]
+                mine = batch.reshape(self.parts, self.processes, -1)[:, self.rank].ravel()
+                yield [(epoch, int(index)) for index in mine]
+            skip = 0
 
 
 class TrainingCrops(Dataset):

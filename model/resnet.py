@@ -73,7 +73,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (carrying stride and dilation), 1x1: the block of ResNet-50 and -101."""
+    """1x1, 3x3 (carrying stride and the first dilation, its only one), 1x1: the block of ResNet-50 and -101."""
 
     expansion = 4
 

@@ -33,7 +33,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from model import evaluate as evaluate_command
 from model import sync_batchnorm
 from model.arguments import minutes
-from model.augment import StepSampler
 from model.backbone_weights import BackboneWeights, read_backbone_weights
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from model.curves import write_curves
@@ -45,7 +44,7 @@ from model.fine_tuning import frozen_parts, hold, parameter_groups
 from model.layouts.split import BrokenList
 from model.losses import Losses, encnet_loss
 from model.metrics import mean_iou, pixel_accuracy
-from model.pictures import TrainingCrops, in_memory
+from model.pictures import StepSampler, TrainingCrops, in_memory
 from model.predict import normalise
 from model.processes import group_id, init_process_group, restarted
 from model.progress import training_progress
@@ -109,16 +108,19 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
             mean.copy_(value)
 
 
-def pictures_at_once(recipe: Recipe, processes: int) -> int:
-    """How many pictures an evaluation runs together: as many as a process has crops in a part of a step."""
-    return max(recipe.batch // (recipe.accumulate * processes), 1)
+def evaluation_options(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """batch and precision of a run's own evaluations.
+
+    A batch has as many pictures as a process has crops in a part of a step; half precision is bfloat16.
+    """
+    batch = max(recipe.batch // (recipe.accumulate * processes), 1)
+    return {"batch": batch, "precision": "fp32" if recipe.precision == "fp32" else "bf16"}
 
 
 def validate(run: "Run") -> Evaluation:
     """The weights worth serving on the validation split, whole pictures at a single scale."""
-    recipe = run.recipe
-    batch, precision = pictures_at_once(recipe, run.processes), "bf16" if recipe.precision != "fp32" else "fp32"
-    options = Options(split="val", base_size=recipe.base_size, batch=batch, precision=precision)
+    chosen = evaluation_options(run.recipe, run.processes)
+    options = Options(split="val", base_size=run.recipe.base_size, **chosen)
     run.average.eval()
     try:
         return evaluate(run.checkpoint(), run.average, run.validation, options, run.device)
@@ -467,9 +469,9 @@ def train(run: Run, until: float = math.inf) -> bool:
 
 def report(run: Run, data: Path) -> None:
     """The final weights' evaluation on the validation split, in final.evaluation/."""
-    precision = "bf16" if run.recipe.precision != "fp32" else "fp32"
-    batch = pictures_at_once(run.recipe, run.processes)
-    words = ["--split", "val", "--device", str(run.device), "--batch", str(batch), "--precision", precision]
+    words = ["--split", "val", "--device", str(run.device)]
+    for option, value in evaluation_options(run.recipe, run.processes).items():
+        words += [f"--{option}", str(value)]
     words += ["--layout", run.recipe.layout] if run.recipe.layout else []
     arguments = evaluate_command.parser().parse_args([str(run.out / "final.pt"), "--data", str(data), *words])
     evaluate_command.run(arguments, run.console, run.console)

@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.arguments import DeviceError, add_device, choose_device
-from model.augment import StepSampler
 from model.cifar import CifarCheckpoint, CifarEncNet, load_cifar, save_cifar
 from model.cifar_data import MEAN, STD, Pictures, crops, open_cifar
 from model.data import DataError
-from model.pictures import send
+from model.pictures import StepSampler, send
 from model.predict import normalise
 from model.progress import training_progress
 from model.recipe import RecipeError, continued, option, options_table, read_recipe

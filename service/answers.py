@@ -1,5 +1,6 @@
-"""The JSON that the service answers with, as models: they build the answers and they are the documentation of them."""
+"""The JSON that the service answers with, as models that build and document it, and the price in its headers."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -181,3 +182,11 @@ class ErrorAnswer(BaseModel):
     """Every answer that is not a success has this body."""
 
     error: Fault
+
+
+def cost_headers(pixels: int, predicted_ms: float, phases: Mapping[str, float] | None = None) -> dict[str, str]:
+    """What a request was charged, and the milliseconds of its phases where it has run; sums for several pictures."""
+    headers = {"X-Cost-Pixels": str(pixels), "X-Predicted-Ms": f"{predicted_ms:.1f}"}
+    if phases is not None:
+        headers["Server-Timing"] = ", ".join(f"{phase};dur={ms:.2f}" for phase, ms in phases.items())
+    return headers

@@ -134,7 +134,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
 
     @router.get("/models/{name}/config")
     @router.get("/models/{name}/versions/{version}/config")
-    async def modelconfig(name: str, version: str | None = None) -> dict[str, Any]:
+    async def model_config(name: str, version: str | None = None) -> dict[str, Any]:
         one = face(name, version)
         return config(one, models.pipeline(one.served.name).engine)
 
@@ -192,11 +192,11 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
     # ---- logging, tracing, shared memory
 
     @router.get("/logging")
-    async def logging_settings() -> dict[str, Any]:
+    async def current_log_settings() -> dict[str, Any]:
         return log_settings(settings)
 
     @router.post("/logging")
-    async def changelog_settings(request: Request) -> dict[str, Any]:
+    async def change_log_settings(request: Request) -> dict[str, Any]:
         wanted = await _json_body(request)
         if wanted:
             check_control()

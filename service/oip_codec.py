@@ -479,10 +479,10 @@ def check_json_elements(name: str, count: int, most: int) -> None:
         )
 
 
-def accepted_encoding(accept_encoding: str | None) -> str | None:
+def accepted_encoding(accept_encoding: str) -> str | None:
     """The compression that an Accept-Encoding header prefers among gzip and deflate; None for an uncompressed body."""
     best, best_quality = None, 0.0
-    for entry in (accept_encoding or "").split(","):
+    for entry in accept_encoding.split(","):
         name, *parameters = (part.strip().lower() for part in entry.split(";"))
         quality = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
         if name in _WINDOW_BITS and re.fullmatch(r"[01](\.[0-9]{0,3})?", quality) and float(quality) > best_quality:

@@ -11,6 +11,7 @@ import numpy as np
 from fastapi import Request
 from fastapi.responses import Response
 
+from service.answers import cost_headers
 from service.errors import InputError
 from service.images import read_size, reduced_size
 from service.metrics import Metrics
@@ -33,10 +34,10 @@ from service.oip_codec import (
 from service.oip_models import VERSION, Face, Statistics, outputs_of
 from service.options import Options, option_pairs, parse_options
 from service.pipeline import Pipeline, Result, in_pool
-from service.segment_routes import Siblings, cost_headers, departure
 from service.settings import Settings
 from service.tracing import record_phases
 from service.upload import within
+from service.waiting import Siblings, departure
 
 MAX_JSON_BYTES = 8 * 2**20  # Python's lock is held while JSON is parsed, 0.2 s for this much
 MAX_JSON_ELEMENTS = 2**20  # of one output; float32 takes half a second to become text, 20 MB of it

@@ -3,8 +3,7 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -28,10 +27,11 @@ from service.answers import (
     RleMask,
     SegmentAnswer,
     Timings,
+    cost_headers,
 )
 from service.encoders import multipart, npz, rle
 from service.engine import Engine
-from service.errors import InputError, Refusal, ServiceError
+from service.errors import InputError, ServiceError
 from service.fetch import fetch
 from service.formats import FormatName, choose_format
 from service.metrics import Metrics
@@ -44,12 +44,11 @@ from service.render import mask_png, overlay_picture
 from service.segment_openapi import SEGMENT_DESCRIPTION, request_body, segment_responses
 from service.tracing import record_phases
 from service.upload import Upload, read_upload, read_uploads
+from service.waiting import Siblings, departure
 
 BATCH_FORMATS: tuple[FormatName, ...] = ("json", "rle")
 
 T = TypeVar("T")
-
-SIDE_BY_SIDE = 4  # pictures of one request that are under way at a time, so that it does not fill the queue
 
 
 @dataclass(frozen=True)
@@ -66,36 +65,6 @@ class Labelled:
         metadata = self.engine.metadata
         texts = {"model": metadata.name, "model_sha256": self.engine.sha256, "presence": self.rows}
         return mask_png(self.mask, metadata.classes, metadata.palette, texts)
-
-
-class Siblings:
-    """The pictures of one request: `turns` bounds how many are under way, and none is refused because of another."""
-
-    def __init__(self) -> None:
-        self.turns = asyncio.Semaphore(SIDE_BY_SIDE)
-        self._running = 0
-        self._one_is_done = asyncio.Event()
-
-    async def segment(self, run: Callable[[], Awaitable[Result]]) -> Result:
-        """Segment one of them; where it is refused as overloaded, again once another that is being run is done.
-
-        Waiting ends by the deadline, as the others have the same. Raises what `run` raises.
-        """
-        while True:
-            self._running += 1
-            waits = False
-            try:
-                return await run()
-            except Refusal as refusal:
-                waits = refusal.code == "overloaded" and self._running > 1
-                if not waits:
-                    raise
-            finally:
-                self._running -= 1
-                if not waits:
-                    self._one_is_done.set()
-                    self._one_is_done = asyncio.Event()
-            await self._one_is_done.wait()
 
 
 def segment_router(models: Models, metrics: Metrics) -> APIRouter:
@@ -211,21 +180,6 @@ def _check_not_compressed(request: Request) -> None:
         )
 
 
-@asynccontextmanager
-async def departure(request: Request) -> "AsyncIterator[asyncio.Task[None]]":
-    """A task that is done when the client has left; the body must have been read."""
-
-    async def until_gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task = asyncio.create_task(until_gone())
-    try:
-        yield task
-    finally:
-        task.cancel()
-
-
 def _labelled(pipeline: Pipeline, result: Result, options: Options) -> Labelled:
     engine = pipeline.engine
     ids = chosen_classes(options, engine.metadata.classes)
@@ -313,15 +267,6 @@ def _timings(result: Result, waited: float, encode_ms: float, started: float, me
     return timings
 
 
-def cost_headers(cost: int, predicted_ms: float, phases: dict[str, float]) -> dict[str, str]:
-    """What a request was charged, and the milliseconds of its phases; sums where it had several pictures."""
-    return {
-        "Server-Timing": ", ".join(f"{phase};dur={ms:.2f}" for phase, ms in phases.items()),
-        "X-Cost-Pixels": str(cost),
-        "X-Predicted-Ms": f"{predicted_ms:.1f}",
-    }
-
-
 def _batch_headers(answers: list[SegmentAnswer], total_ms: float) -> dict[str, str]:
     """The headers of a batch; its pictures ran side by side, so that phases may add up to more than the total."""
     each = [answer.timing_ms.model_dump() for answer in answers]
@@ -338,5 +283,5 @@ def _prediction(pipeline: Pipeline, estimate: Estimate) -> Response:
         queue_pixels=pipeline.admitted_cost,
         queue_limit_pixels=pipeline.settings.max_queue_pixels,
     )
-    headers = {"X-Cost-Pixels": str(answer.pixels), "X-Predicted-Ms": f"{answer.predicted_ms:.1f}"}
+    headers = cost_headers(answer.pixels, answer.predicted_ms)
     return Response(answer.model_dump_json(), media_type="application/json", headers=headers)

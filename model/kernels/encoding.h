@@ -1,6 +1,6 @@
 /* The Encoding op over raw pointers: the C interface that every host calls.
  *
- * Mathematics (Zhang et al., CVPR 2018, equation 1; docs/encnet-spec.md 5.1), for each image b:
+ * Mathematics (Zhang et al., CVPR 2018, equation 1; model/encoding.py has the twin), for each image b:
  *     d_ik = ||x_i - c_k||^2,  A_i = softmax_k(scale_k d_ik),  E_k = factor * sum_i A_ik (x_i - c_k).
  * Arithmetic is float32 whatever the type of x. Results do not depend on the number of threads.
  */

@@ -22,6 +22,7 @@ from model.checkpoint import save_checkpoint
 from model.predict import predict
 from service import kernels
 from service.engine import Engine
+from service.settings import Settings
 from tests.service.tiny_model import CLASSES, METADATA, tiny_model
 
 pytest.importorskip("tritonclient.grpc", reason="Triton's own protobuf is not installed (tritonclient[grpc])")
@@ -253,6 +254,8 @@ def test_a_scale_out_of_bounds_is_taken_as_the_bound(tiny_file: Path, tmp_path: 
     wild = backend.infer([request(image, [1e9, -1.0], False)])
     bounded = backend.infer([request(image, [3.0, 0.25], False)])
     assert (wild[0]["presence"] == bounded[0]["presence"]).all()
+    bounds = [Settings.model_fields[name].default for name in ("min_scale", "max_scale")]
+    assert [triton.LEAST_SCALE, triton.MOST_SCALE] == bounds == [0.25, 3.0], "those of the service"
 
 
 def test_masks_of_many_classes_are_wide(tmp_path: Path) -> None:
@@ -502,18 +505,29 @@ def test_a_configuration_that_is_kept_is_told_what_the_kernel_needs(
     assert "to use" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("value", "instead"),
+    [
+        ("group_options", onnx.helper.make_node("Gather", ["groups", "last"], ["group_options"], axis=0)),
+        ("group_flip", onnx.helper.make_node("Not", ["yes"], ["group_flip"])),
+    ],
+    ids=["views of another picture", "nothing mirrored"],
+)
 def test_a_graph_that_answers_differently_is_not_written(
-    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    value: str,
+    instead: onnx.NodeProto,
+    tiny_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The views of the wrong picture: only running both graphs can tell."""
+    """Wrong for some of the pictures of a batch: only running both graphs can tell."""
     made = triton.batched_model
 
     def mixed_up(whole: onnx.ModelProto) -> onnx.ModelProto:
         model = made(whole)
-        node = next(
-            node for graph in subgraphs(model.graph) for node in graph.node if node.output[0] == "group_options"
-        )
-        node.input[1] = "last"
+        node = next(node for graph in subgraphs(model.graph) for node in graph.node if node.output[0] == value)
+        node.CopyFrom(instead)
         return model
 
     monkeypatch.setattr(triton, "batched_model", mixed_up)

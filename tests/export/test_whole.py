@@ -241,6 +241,35 @@ def test_above_255_classes_the_mask_is_uint16() -> None:
     assert (mask == 280).all()
 
 
+@pytest.mark.parametrize(("classes", "mask_type"), [(255, onnx.TensorProto.UINT8), (256, onnx.TensorProto.UINT16)])
+def test_a_mask_of_8_bits_has_room_for_255_classes_and_255_itself(classes: int, mask_type: int) -> None:
+    """The service and the label maps of training keep 255 for "no class"."""
+    core = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]> core (float[N,3,H,W] image) =>
+        (float[N,COUNT,H,W] logits, float[N,COUNT] presence_logits)
+        { logits = Identity (image) presence_logits = Identity (image) }""".replace("COUNT", str(classes))
+    )
+    model = whole_model(core, mean=MEAN, std=STD, base_size=64, align_corners=True)
+    assert {value.name: value.type.tensor_type.elem_type for value in model.graph.output}["mask"] == mask_type
+
+
+def test_logits_too_large_for_an_exponential_in_float32_overflow_nothing() -> None:
+    """Half precision and long training make logits beyond 88, whose exponential is infinite."""
+    core = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]> core (float[N,3,H,W] image) =>
+        (float[N,3,H,W] logits, float[N,3] presence_logits)
+        <float thousand = {1000.0}>
+        { logits = Mul (image, thousand) pooled = GlobalMaxPool (image) presence_logits = Flatten (pooled) }"""
+    )
+    runtime = session(whole_model(core, mean=MEAN, std=STD, base_size=30, align_corners=True).SerializeToString())
+    image = pictures(1, 20, 30)
+    mask, _, probabilities = run(runtime, image, (1.0,), True)
+    brightest = (image / 255.0 - MEAN) / STD
+    assert numpy.abs(1000 * brightest).max() > 88
+    numpy.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    assert (mask == brightest.argmax(3)).mean() > 0.99
+
+
 def test_more_classes_than_a_mask_holds_are_refused() -> None:
     core = onnx.parser.parse_model(
         """<ir_version: 10, opset_import: ["" : 18]> core (float[N,3,H,W] image) =>

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.random import default_rng
 
-from model.augment import Augmentation, Draw, StepSampler, crops, draw, draw_for, pack, stack
+from model.augment import Augmentation, Draw, crops, draw, draw_for, pack, stack
 from model.pictures import places_of
 from tests.model.pillow_crops import crop_of
 
@@ -133,25 +133,3 @@ def test_curves_cover_their_ranges():
     hundreds = numpy.array([draw_for((epoch, 0), (60, 80), balance, 0).curves[:, 100] for epoch in range(400)])
     assert (hundreds.min(0) == 80).all() and (hundreds.max(0) == 120).all()
     assert (hundreds[:, 0] != hundreds[:, 1]).mean() > 0.9, "each channel by itself"
-
-
-def test_a_sampler_resumes_in_the_middle_of_an_epoch():
-    whole = list(StepSampler(10, 4, 3, seed=0))
-    assert len(whole) == 6 and list(StepSampler(10, 4, 3, seed=0, first_step=3)) == whole[3:]
-    assert {epoch for epoch, _ in whole[2] + whole[3]} == {1}
-    assert whole[0] != [(0, index) for _, index in whole[2]], "every epoch has its own order"
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_share_every_batch(processes):
-    shares = [list(StepSampler(10, 4, 2, seed=0, rank=rank, processes=processes)) for rank in range(processes)]
-    joined = [[key for batch in batches for key in batch] for batches in zip(*shares, strict=True)]
-    assert joined == list(StepSampler(10, 4, 2, seed=0))
-
-
-def test_processes_share_every_part_of_a_batch():
-    one = next(iter(StepSampler(20, 8, 1, seed=0, parts=2)))
-    ranks = [next(iter(StepSampler(20, 8, 1, seed=0, rank=rank, processes=2, parts=2))) for rank in (0, 1)]
-    for part in (slice(0, 2), slice(2, 4)):
-        together = slice(2 * part.start, 2 * part.stop)
-        assert [key for rank in ranks for key in rank[part]] == one[together]

@@ -32,7 +32,7 @@ def test_the_papers_networks_have_their_numbers_of_parameters(variant, millions)
     assert f"{parameters(variant) / 1e6:.3f}" == millions
 
 
-def test_the_network_computes_what_the_specification_says():
+def test_the_network_computes_what_is_spelt_out_here():
     """Spelt out in float64, every residual of every position; the smoothing factors are 1/2 in evaluation."""
     torch.manual_seed(0)
     network = CifarEncNet("3k8d").double()

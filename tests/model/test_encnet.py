@@ -1,4 +1,4 @@
-"""The network is the specification's layer table: names, shapes, counts, initialisation."""
+"""The network has the authors' layers: names, shapes, counts, initialisation."""
 
 import itertools
 import math

@@ -101,7 +101,7 @@ def test_compiles_without_a_graph_break_and_exports_as_one_node():
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_initialisation_follows_the_specification():
+def test_initialisation_is_the_authors():
     layer = Encoding(512, 32)
     assert layer.codewords.abs().max() <= 1 / (32 * 512) ** 0.5
     assert layer.scale.max() <= 0 and layer.scale.min() >= -1

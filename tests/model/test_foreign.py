@@ -1,4 +1,4 @@
-"""Foreign checkpoints against a reference network written here from the specification, under the foreign key names."""
+"""Foreign checkpoints against a reference network written out here, under the foreign key names."""
 
 from pathlib import Path
 
@@ -97,7 +97,7 @@ class Weights(dict):
 def reference(
     weights: Weights, keys: dict, image: Tensor, stem: tuple[int, ...], lateral: bool, align_corners: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, presence logits and auxiliary logits of EncNet-50 by the specification's layer table, float64."""
+    """Logits, presence logits and auxiliary logits of EncNet-50, layer by layer, float64."""
     w = weights
     if len(stem) == 1:
         x = F.conv2d(
@@ -179,7 +179,7 @@ def save(path: Path, document: object) -> Path:
     ],
     ids=["pe-50s", "pe-50", "mm-50c", "mm-50"],
 )
-def test_the_same_logits_as_the_specification(tmp_path, source, keys, stem, backbone, lateral):
+def test_the_same_logits_as_the_reference_network(tmp_path, source, keys, stem, backbone, lateral):
     aligned = source == PYTORCH_ENCODING
     image = torch.randn(1, 3, 33, 41, generator=torch.Generator().manual_seed(1)).double()
     state = Weights(seed=2)

@@ -35,6 +35,7 @@ def test_rates_of_a_small_example():
     numpy.testing.assert_allclose(intersection_over_union(COUNTS), [1 / 2, 2 / 3, numpy.nan])
     numpy.testing.assert_allclose(class_accuracy(COUNTS), [1 / 2, 1, numpy.nan])
     assert pixel_accuracy(COUNTS) == 3 / 4
+    assert pixel_accuracy(numpy.diag([1, 0])) == 1
     assert mean_iou(COUNTS) == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert mean_iou_authors(COUNTS) == pytest.approx((1 / 2 + 2 / 3) / 3)
 
@@ -82,6 +83,7 @@ def test_average_precision_is_that_of_scikit_learn():
 def test_f1():
     scores, present = numpy.array([0.5, 0.4, 0.9, 0.1]), numpy.array([True, True, False, False])
     assert f1(scores, present) == pytest.approx(2 * 1 / (2 + 2))
+    assert f1(scores, present, threshold=0.3) == pytest.approx(2 * 2 / (3 + 2))
     assert f1(scores, present, threshold=0.95) == 0
     assert numpy.isnan(f1(numpy.zeros(2), numpy.zeros(2, dtype=bool)))
     assert f1(numpy.ones(2), numpy.zeros(2, dtype=bool)) == 0
@@ -93,6 +95,7 @@ def test_reliability_counts_by_bins_of_equal_width():
     assert found.counts.tolist() == [2, 1, 0, 0, 2]
     numpy.testing.assert_allclose(found.scores, [0.095, 0.2, numpy.nan, numpy.nan, 0.9995])
     numpy.testing.assert_allclose(found.frequencies, [0.5, 1, numpy.nan, numpy.nan, 0.5])
+    assert len(reliability(scores, scores > 0.5).counts) == 15, "published figures are with as many"
 
 
 def test_expected_calibration_error_by_hand():

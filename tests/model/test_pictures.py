@@ -1,4 +1,4 @@
-"""Batches of crops: the same wherever the decoded pictures stay, and from wherever a run goes on."""
+"""Batches of crops: the same wherever the decoded pictures stay, from wherever a run goes on, however it is shared."""
 
 import json
 
@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from model import pictures
-from model.augment import Augmentation, StepSampler
+from model.augment import Augmentation
 from model.data import open_dataset
-from model.pictures import TrainingCrops, choose_cache, decoded_bytes, in_memory
+from model.pictures import StepSampler, TrainingCrops, choose_cache, decoded_bytes, in_memory
 
 SIZES = [(40, 60), (61, 37), (40, 60), (50, 50), (40, 60)]
 OPTIONS = Augmentation(24, 48, gamma=0.2)
@@ -88,3 +88,25 @@ def test_a_split_in_memory_reads_no_file(data, monkeypatch):
     assert len(kept) == len(data) and kept.ids == data.ids
     for index, pair in enumerate(expected):
         assert all((a == b).all() for a, b in zip(pair, kept.load(index), strict=True))
+
+
+def test_a_sampler_resumes_in_the_middle_of_an_epoch():
+    whole = list(StepSampler(10, 4, 3, seed=0))
+    assert len(whole) == 6 and list(StepSampler(10, 4, 3, seed=0, first_step=3)) == whole[3:]
+    assert {epoch for epoch, _ in whole[2] + whole[3]} == {1}
+    assert whole[0] != [(0, index) for _, index in whole[2]], "every epoch has its own order"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_every_batch(processes):
+    shares = [list(StepSampler(10, 4, 2, seed=0, rank=rank, processes=processes)) for rank in range(processes)]
+    joined = [[key for batch in batches for key in batch] for batches in zip(*shares, strict=True)]
+    assert joined == list(StepSampler(10, 4, 2, seed=0))
+
+
+def test_processes_share_every_part_of_a_batch():
+    one = next(iter(StepSampler(20, 8, 1, seed=0, parts=2)))
+    ranks = [next(iter(StepSampler(20, 8, 1, seed=0, rank=rank, processes=2, parts=2))) for rank in (0, 1)]
+    for part in (slice(0, 2), slice(2, 4)):
+        together = slice(2 * part.start, 2 * part.stop)
+        assert [key for rank in ranks for key in rank[part]] == one[together]

@@ -1,4 +1,4 @@
-"""Committed recipes: their figures are those of the specification, and their networks fit their data sets."""
+"""Committed recipes: their figures are the authors', and their networks fit their data sets."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ NUMBER_OF_CLASSES = {
     "ade20k": 150, "voc-aug": 21, "voc": 21, "context": 59, "cityscapes": 19, "coco-stuff": 171, "camvid": 11,
     "msrc21": 21,
 }  # fmt: skip
-# Specification 2.1 (PyTorch-Encoding's train_dist.py): rate for batch 16, epochs, base size, crop; 1.1: lateral.
+# By PyTorch-Encoding's train_dist.py: rate for batch 16, epochs, base size, crop; by its encnet.py: lateral.
 AUTHORS = {
     "ade20k-resnet50s": (0.01, 120, 520, 480, False),
     "ade20k-resnet101s": (0.01, 120, 640, 576, False),
@@ -61,7 +61,7 @@ def test_the_class_files_have_as_many_classes():
 
 
 @pytest.mark.parametrize("stem", AUTHORS)
-def test_the_authors_recipes_have_the_figures_of_the_specification(stem):
+def test_the_authors_recipes_have_their_figures(stem):
     rate, epochs, base_size, crop, lateral = AUTHORS[stem]
     recipe = read(stem)
     assert recipe.learning_rate == pytest.approx(rate * recipe.batch / 16)

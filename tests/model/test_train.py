@@ -493,7 +493,12 @@ def test_learning_rate_schedules():
 
 @pytest.mark.parametrize(("accumulate", "processes", "pictures"), [(1, 1, 16), (2, 4, 2), (4, 8, 1)])
 def test_evaluations_run_as_many_pictures_as_training_does(accumulate, processes, pictures):
-    assert train.pictures_at_once(Recipe(batch=16, accumulate=accumulate), processes) == pictures
+    assert train.evaluation_options(Recipe(batch=16, accumulate=accumulate), processes)["batch"] == pictures
+
+
+@pytest.mark.parametrize(("training", "evaluating"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "bf16")])
+def test_evaluations_have_the_precision_that_the_command_offers(training, evaluating):
+    assert train.evaluation_options(Recipe(precision=training), 1)["precision"] == evaluating
 
 
 def test_help_names_every_option_with_its_default(capsys):

@@ -1,4 +1,4 @@
-"""The authors' sliding-window protocol against a plain transcription of its specification."""
+"""The authors' sliding-window protocol against a plain transcription of it."""
 
 import math
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ def picture(height: int, width: int) -> Tensor:
 
 
 def transcription(network: Network, image: Tensor, base: int, crop: int, scales, flip: bool) -> Tensor:
-    """Steps 1 to 5 of the specification's section 2.2, branch by branch, in float64."""
+    """`MultiEvalModule` of PyTorch-Encoding, step by step and branch by branch, in float64."""
     mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
     x = (image.permute(0, 3, 1, 2) / 255 - mean) / std
     h, w = x.shape[-2:]

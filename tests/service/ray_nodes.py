@@ -15,8 +15,8 @@ from typing import Any
 
 MEMORY = 200_000_000  # bytes of each node's object store, of which next to nothing is used
 
-# No telemetry, time for a proxy to start on a busy core, and scaling by the load of the last second, as no test can wait
-# for that of ten.
+# No telemetry; half a minute for a proxy to start, as on a busy core; scaling by the load of the last second, as no
+# test can wait for that of ten.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",

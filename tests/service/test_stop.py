@@ -17,7 +17,8 @@ import pytest
 from tiny_model import encoded
 
 import service
-from service.server import DIED
+from service.server import DIED, listen
+from service.settings import Settings
 from service.supervisor import QUICK_DEATHS
 
 ROOT = Path(service.__file__).parents[1]
@@ -104,6 +105,22 @@ def test_sigterm_under_load_finishes_what_was_accepted(serve: Serve, big: bytes)
     assert process.wait(WAIT) == 0
 
 
+def test_with_nothing_in_flight_a_stop_does_not_wait_for_the_grace_period(serve: Serve) -> None:
+    process, _ = serve(ENCNET_GRACE_SECONDS="600")
+    process.terminate()
+    assert process.wait(WAIT) == 0
+
+
+def test_a_port_can_be_taken_again_at_once() -> None:
+    """Connections that the server before closed keep the port for a minute, for all who do not say that they know."""
+    with listen(Settings(port=0)) as before:
+        port = before.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), WAIT):
+            before.accept()[0].close()
+    with listen(Settings(port=port)) as after:
+        assert after.getsockname()[1] == port
+
+
 HUNG_SERVER = """
 import sys, time
 from service import server
@@ -148,6 +165,27 @@ def test_an_upload_that_does_not_end_is_told_that_the_service_stops(serve: Serve
     output, _ = process.communicate(timeout=WAIT)
     assert process.returncode == 0
     assert "Traceback" not in output
+
+
+def test_a_second_signal_ends_the_wait_for_an_upload_too(serve: Serve) -> None:
+    process, address = serve(ENCNET_GRACE_SECONDS="600")
+    host, port = address.removeprefix("http://").split(":")
+
+    def refuses() -> bool:
+        try:
+            socket.create_connection((host, int(port)), WAIT).close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    with unfinished_upload(address):
+        time.sleep(0.5)
+        process.terminate()
+        until(refuses)  # nothing is in flight: uvicorn shuts down, and soon waits for the connection
+        time.sleep(1)
+        assert process.poll() is None
+        process.terminate()
+        process.wait(10)
 
 
 def test_an_upload_that_does_not_end_is_given_up(serve: Serve) -> None:
