@@ -184,8 +184,8 @@ def _draw_assignments(figure: SubFigure, scene: Scene, codes: numpy.ndarray, sha
 
 
 def _draw_codebook(figure: SubFigure, checkpoint: Checkpoint, codes: numpy.ndarray, shares: numpy.ndarray) -> None:
-    norms = checkpoint.weights["head.context.encoding.codewords"].norm(dim=1).numpy()[codes]
-    factors = -checkpoint.weights["head.context.encoding.scale"].numpy()[codes]
+    norms = checkpoint.weights["head.context.encoding.codewords"].float().norm(dim=1).numpy()[codes]
+    factors = -checkpoint.weights["head.context.encoding.scale"].float().numpy()[codes]
     panels = figure.subplots(1, 3)
     places = numpy.arange(len(codes))
     for panel, values, title in (

@@ -141,6 +141,13 @@ def test_any_number_of_classes_and_codes(classes, codewords, image):
     assert sum(title.startswith("code ") for title in titles) == min(codewords, 32)
 
 
+def test_weights_kept_in_half_precision_are_drawn(files, tmp_path):
+    checkpoint = make_checkpoint()
+    weights = {key: value.bfloat16() for key, value in checkpoint.weights.items()}
+    save_checkpoint(files[0], dataclasses.replace(checkpoint, weights=weights))
+    assert inspect.main([*map(str, files), "--out", str(tmp_path / "seen.png")]) == 0
+
+
 def test_without_out_it_is_named_after_the_picture(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert inspect.main([*map(str, files)]) == 0
