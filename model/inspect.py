@@ -123,7 +123,7 @@ def inspection(scene: Scene, checkpoint: Checkpoint, image: numpy.ndarray, name:
 
     figure = Figure(figsize=(17, sum(heights) + 0.6), dpi=100)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
-    figure.suptitle(f"{name} seen by {checkpoint.name}", x=0.01, ha="left", color=INK, fontsize=18)
+    figure.suptitle(f"{name} seen by {checkpoint.name}", x=0.01, ha="left", color=INK, fontsize=18, parse_math=False)
     top, maps, codebook, gating = figure.subfigures(4, 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_answer(top, scene, checkpoint, image, classes, areas)
     _draw_assignments(maps, scene, codes[:MOST_CODES], shares)
@@ -153,7 +153,7 @@ def _draw_answer(
     bars.barh(places, [1] * len(classes), color=TRACK, height=0.7)
     bars.barh(places, scene.presence[list(classes)], color=colours, edgecolor=FAINT, linewidth=0.5, height=0.7)
     bars.axvline(0.5, color=INK, linewidth=0.8)
-    bars.set_yticks(places, [checkpoint.classes[index][:24] for index in classes], color=INK)
+    bars.set_yticks(places, [checkpoint.classes[index][:24] for index in classes], color=INK, parse_math=False)
     for place, index in zip(places, classes, strict=True):
         text = f"{scene.presence[index]:.2f}   {100 * areas[index]:5.1f} %"
         bars.text(1.03, place, text, va="center", color=INK, fontsize=10)
@@ -225,7 +225,7 @@ def _draw_gates(figure: SubFigure, scene: Scene, checkpoint: Checkpoint, classes
     most = max(float(numpy.abs(effects).max()), 1e-6)
     drawn = table.imshow(effects[:, channels], cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
     names = [f"{checkpoint.classes[index][:24]}  {scene.effects[index].sum():+.2f}" for index in classes]
-    table.set_yticks(numpy.arange(len(classes)), names, color=INK)
+    table.set_yticks(numpy.arange(len(classes)), names, color=INK, parse_math=False)
     table.set_xticks(numpy.arange(len(channels)), channels.astype(str), fontsize=8, rotation=90)
     table.set_xlabel("channel", color=FAINT)
     table.tick_params(axis="x", colors=FAINT)

@@ -141,6 +141,13 @@ def test_any_number_of_classes_and_codes(classes, codewords, image):
     assert sum(title.startswith("code ") for title in titles) == min(codewords, 32)
 
 
+def test_names_with_dollar_signs_are_no_formulas(image):
+    names = [f"$\\frac$ {index}" for index in range(3)]
+    checkpoint = dataclasses.replace(make_checkpoint(), classes=names)
+    scene = inspect.look(build_model(checkpoint), checkpoint, image)
+    inspect.inspection(scene, checkpoint, image, "$\\frac$.jpg").draw_without_rendering()
+
+
 def test_weights_kept_in_half_precision_are_drawn(files, tmp_path):
     checkpoint = make_checkpoint()
     weights = {key: value.bfloat16() for key, value in checkpoint.weights.items()}
