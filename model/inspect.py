@@ -23,6 +23,7 @@ from model.resnet import Stages
 
 MOST_CODES, CODE_COLUMNS = 32, 8
 MOST_CLASSES, MOST_CHANNELS = 14, 40
+MOST_ASPECT = 4.0  # height over width of the room for a picture
 
 EPILOG = """the figure
   picture, mask, presence    what `python -m model.evaluate` computes from one view at scale 1
@@ -118,7 +119,7 @@ def inspection(scene: Scene, checkpoint: Checkpoint, image: numpy.ndarray, name:
     areas = numpy.bincount(scene.mask.ravel(), minlength=len(scene.presence)) / scene.mask.size
     classes = sorted(numpy.argsort(-(scene.presence + areas), kind="stable")[:MOST_CLASSES].tolist())
     rows = -(-min(len(codes), MOST_CODES) // CODE_COLUMNS)
-    aspect = image.shape[0] / image.shape[1]
+    aspect = min(image.shape[0] / image.shape[1], MOST_ASPECT)
     heights = [5.6 * aspect + 1.0, rows * (2.0 * aspect + 0.45) + 0.6, 2.6, 0.27 * len(classes) + 2.6]
 
     figure = Figure(figsize=(17, sum(heights) + 0.6), dpi=100)

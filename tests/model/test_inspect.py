@@ -148,6 +148,15 @@ def test_names_with_dollar_signs_are_no_formulas(image):
     inspect.inspection(scene, checkpoint, image, "$\\frac$.jpg").draw_without_rendering()
 
 
+@pytest.mark.parametrize("size", [(2, 200), (200, 2)])
+def test_a_strip_is_drawn_on_a_figure_of_a_usual_size(size):
+    checkpoint = make_checkpoint(dataclasses.replace(CONFIG, codewords=32))
+    image = numpy.zeros((*size, 3), numpy.uint8)
+    scene = inspect.look(build_model(checkpoint), checkpoint, image)
+    figure = inspect.inspection(scene, checkpoint, image, "strip.png")
+    assert max(figure.get_size_inches()) < 80
+
+
 def test_weights_kept_in_half_precision_are_drawn(files, tmp_path):
     checkpoint = make_checkpoint()
     weights = {key: value.bfloat16() for key, value in checkpoint.weights.items()}
