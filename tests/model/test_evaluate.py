@@ -242,6 +242,7 @@ def test_a_checkpoint_with_other_classes(tmp_path, data, capsys):
         ("--scales", "nan"),
         ("--scales", ""),
         ("--crop", "3"),
+        ("--base-size", "10000000"),
         ("--limit", "0"),
     ],
 )

@@ -455,6 +455,8 @@ def test_a_restart_goes_on_with_its_own_run_only(monkeypatch):
         (["gamma=15"], "gamma must be 0 to 4, got 15"),
         (["gamma=-1"], "gamma must be 0 to 4, got -1"),
         (["crop=4"], "crop must be 32 to 16384 pixels, got 4"),
+        (["base_size=0"], "base_size must be 1 to 16384 pixels, got 0"),
+        (["base_size=16385"], "base_size must be 1 to 16384 pixels, got 16385"),
         (["crop=1000000"], "crop must be 32 to 16384 pixels"),
     ],
 )
