@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 
 import torch
 
@@ -55,6 +56,8 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one, else the CPU. Raises DeviceError for others."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -16,7 +16,7 @@ def write_curves(folder: Path, name: str, curves: Curves) -> None:
         file.write(json.dumps(curves).encode() + b"\n")
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     losses, scores = figure.subplots(2, 1, sharex=True)
-    losses.set_title(name)
+    losses.set_title(name, parse_math=False)
     labels = {"total": "total loss", "pixel": "pixels", "presence": "presence", "auxiliary": "auxiliary head"}
     for key, label in labels.items():
         rows = curves["training"]

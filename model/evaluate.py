@@ -15,7 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
-from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, library_versions, load_checkpoint
+from model.checkpoint import (
+    FORMAT,
+    MOST_BASE_SIZE,
+    Checkpoint,
+    CheckpointError,
+    build_model,
+    library_versions,
+    load_checkpoint,
+)
 from model.data import SPLITS, DataError, SegmentationData, leave_out, open_dataset
 from model.evaluation import (
     PRESENCE_THRESHOLD,
@@ -200,8 +208,10 @@ def _identifiers(text: str) -> tuple[str, ...]:
 
 
 def _pixels(text: str) -> int:
-    if not text.isdecimal() or int(text) < LEAST_SIDE:
-        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, at least {LEAST_SIDE}, got {text!r}")
+    if not text.isdecimal() or not LEAST_SIDE <= int(text) <= MOST_BASE_SIZE:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of pixels, {LEAST_SIDE} to {MOST_BASE_SIZE}, got {text!r}"
+        )
     return int(text)
 
 

@@ -23,6 +23,7 @@ from model.resnet import Stages
 
 MOST_CODES, CODE_COLUMNS = 32, 8
 MOST_CLASSES, MOST_CHANNELS = 14, 40
+MOST_ASPECT = 4.0  # height over width of the room for a picture
 
 EPILOG = """the figure
   picture, mask, presence    what `python -m model.evaluate` computes from one view at scale 1
@@ -118,12 +119,12 @@ def inspection(scene: Scene, checkpoint: Checkpoint, image: numpy.ndarray, name:
     areas = numpy.bincount(scene.mask.ravel(), minlength=len(scene.presence)) / scene.mask.size
     classes = sorted(numpy.argsort(-(scene.presence + areas), kind="stable")[:MOST_CLASSES].tolist())
     rows = -(-min(len(codes), MOST_CODES) // CODE_COLUMNS)
-    aspect = image.shape[0] / image.shape[1]
+    aspect = min(image.shape[0] / image.shape[1], MOST_ASPECT)
     heights = [5.6 * aspect + 1.0, rows * (2.0 * aspect + 0.45) + 0.6, 2.6, 0.27 * len(classes) + 2.6]
 
     figure = Figure(figsize=(17, sum(heights) + 0.6), dpi=100)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
-    figure.suptitle(f"{name} seen by {checkpoint.name}", x=0.01, ha="left", color=INK, fontsize=18)
+    figure.suptitle(f"{name} seen by {checkpoint.name}", x=0.01, ha="left", color=INK, fontsize=18, parse_math=False)
     top, maps, codebook, gating = figure.subfigures(4, 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_answer(top, scene, checkpoint, image, classes, areas)
     _draw_assignments(maps, scene, codes[:MOST_CODES], shares)
@@ -153,7 +154,7 @@ def _draw_answer(
     bars.barh(places, [1] * len(classes), color=TRACK, height=0.7)
     bars.barh(places, scene.presence[list(classes)], color=colours, edgecolor=FAINT, linewidth=0.5, height=0.7)
     bars.axvline(0.5, color=INK, linewidth=0.8)
-    bars.set_yticks(places, [checkpoint.classes[index][:24] for index in classes], color=INK)
+    bars.set_yticks(places, [checkpoint.classes[index][:24] for index in classes], color=INK, parse_math=False)
     for place, index in zip(places, classes, strict=True):
         text = f"{scene.presence[index]:.2f}   {100 * areas[index]:5.1f} %"
         bars.text(1.03, place, text, va="center", color=INK, fontsize=10)
@@ -184,8 +185,8 @@ def _draw_assignments(figure: SubFigure, scene: Scene, codes: numpy.ndarray, sha
 
 
 def _draw_codebook(figure: SubFigure, checkpoint: Checkpoint, codes: numpy.ndarray, shares: numpy.ndarray) -> None:
-    norms = checkpoint.weights["head.context.encoding.codewords"].norm(dim=1).numpy()[codes]
-    factors = -checkpoint.weights["head.context.encoding.scale"].numpy()[codes]
+    norms = checkpoint.weights["head.context.encoding.codewords"].float().norm(dim=1).numpy()[codes]
+    factors = -checkpoint.weights["head.context.encoding.scale"].float().numpy()[codes]
     panels = figure.subplots(1, 3)
     places = numpy.arange(len(codes))
     for panel, values, title in (
@@ -225,7 +226,7 @@ def _draw_gates(figure: SubFigure, scene: Scene, checkpoint: Checkpoint, classes
     most = max(float(numpy.abs(effects).max()), 1e-6)
     drawn = table.imshow(effects[:, channels], cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
     names = [f"{checkpoint.classes[index][:24]}  {scene.effects[index].sum():+.2f}" for index in classes]
-    table.set_yticks(numpy.arange(len(classes)), names, color=INK)
+    table.set_yticks(numpy.arange(len(classes)), names, color=INK, parse_math=False)
     table.set_xticks(numpy.arange(len(channels)), channels.astype(str), fontsize=8, rotation=90)
     table.set_xlabel("channel", color=FAINT)
     table.tick_params(axis="x", colors=FAINT)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model.augment import Augmentation
+from model.checkpoint import MOST_BASE_SIZE
 from model.config import ModelConfig
 from model.fine_tuning import PARTS, part_names
 
@@ -118,7 +119,6 @@ class Recipe:
                     "epochs",
                     "batch",
                     "accumulate",
-                    "base_size",
                     "log_every",
                     "save_every",
                     "evaluate_every",
@@ -143,6 +143,10 @@ class Recipe:
             ),
             (0 <= self.gamma <= MOST_GAMMA, f"gamma must be 0 to {MOST_GAMMA}, got {self.gamma}"),
             (LEAST_CROP <= self.crop <= MOST_CROP, f"crop must be {LEAST_CROP} to {MOST_CROP} pixels, got {self.crop}"),
+            (
+                1 <= self.base_size <= MOST_BASE_SIZE,
+                f"base_size must be 1 to {MOST_BASE_SIZE} pixels, got {self.base_size}",
+            ),
             (self.seed < 2**63, f"seed must be less than 2^63, got {self.seed}"),
         )
         broken = [message for holds, message in rules if not holds]
@@ -176,7 +180,7 @@ def read_recipe(path: Path | None, words: list[str], kind: type = Recipe) -> dic
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: not a readable recipe: {error}") from error
     for word in words:
@@ -206,7 +210,7 @@ def _literal(text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
 
 

@@ -22,7 +22,7 @@ def reliability_diagram(scores: numpy.ndarray, present: numpy.ndarray, classes: 
     shown = sorted(numpy.argsort(-errors, kind="stable")[:MOST_CLASSES].tolist())
     rows = -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(15, max(5.4, 0.9 + 2.4 * rows)), dpi=100, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=15)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=15, parse_math=False)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2))[0]
 
     pooled, histogram = left.subplots(2, 1, height_ratios=(4, 1), sharex=True)
@@ -44,6 +44,7 @@ def reliability_diagram(scores: numpy.ndarray, present: numpy.ndarray, classes: 
             loc="left",
             color=INK,
             fontsize=9,
+            parse_math=False,
         )
     for panel in list(right.axes)[len(shown) :]:
         panel.set_axis_off()

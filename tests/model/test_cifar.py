@@ -311,7 +311,7 @@ def test_mistakes_get_a_sentence(data, tmp_path, capsys):
     assert "as in 16k64d, got 'wide'" in refused(*given, "batch=8", "variant=wide")
     assert "unknown option 'backbone'; known: variant, " in refused(*given, "backbone=resnet18")
     assert "nothing to resume from" in refused(*given, "--resume")
-    assert "--device tpu: not available here" in refused(*given, "--device", "tpu")
+    assert "--device tpu: expected auto, cpu, cuda or cuda:N" in refused(*given, "--device", "tpu")
     assert not (tmp_path / "run").exists()
     assert train_cifar.main([*given, *TINY, "epochs=1"]) == 0
     assert "already holds a run; add --resume" in refused(*given, *TINY)

@@ -83,6 +83,13 @@ def test_an_unreadable_file(tmp_path, keep):
     assert "images/b.png: not a readable picture" in only_problem(tmp_path)
 
 
+def test_a_picture_of_more_pixels_than_pillow_opens(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    Image.new("1", (20, 10)).save(tmp_path / "images" / "b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+    assert "images/b.png: not a readable picture: Image size (200 pixels)" in only_problem(tmp_path)
+
+
 def test_a_colour_label_map(tmp_path):
     write_folder(tmp_path)
     Image.new("RGB", (8, 6)).save(tmp_path / "labels" / "a.png")

@@ -209,7 +209,9 @@ def test_classes_named_differently_are_remarked(tmp_path, data, capsys):
     [
         (("--merge", "exp_sum"), "need --protocol windows"),
         (("--crop", 24), "need --protocol windows"),
-        (("--device", "nonsense"), "--device nonsense: not available here"),
+        (("--device", "nonsense"), "--device nonsense: expected auto, cpu, cuda or cuda:N"),
+        (("--device", "meta"), "--device meta: expected auto, cpu, cuda or cuda:N"),
+        (("--device", "cuda:99"), "--device cuda:99: not available here"),
         (("--split", "val"), "val.txt"),
     ],
 )
@@ -242,6 +244,7 @@ def test_a_checkpoint_with_other_classes(tmp_path, data, capsys):
         ("--scales", "nan"),
         ("--scales", ""),
         ("--crop", "3"),
+        ("--base-size", "10000000"),
         ("--limit", "0"),
     ],
 )

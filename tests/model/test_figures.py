@@ -3,7 +3,9 @@
 import numpy
 import pytest
 
+from model.curves import write_curves
 from model.figures import CELL, GAP, MARGIN, VOID, Sample, colourise, contact_sheet, sample_row
+from model.reliability import reliability_diagram
 
 PALETTE = [[10, 20, 30], [200, 100, 50]]
 MASK = numpy.array([[0, 1], [255, 0]], dtype=numpy.uint8)
@@ -54,3 +56,10 @@ def test_any_size_and_number_of_classes(height, width, classes):
 def test_a_picture_without_labelled_pixels():
     unlabelled = sample(4, 4, 2)._replace(truth=numpy.full((4, 4), 255, dtype=numpy.uint8))
     assert contact_sheet([unlabelled], ["road", "sky"], PALETTE, "t", "s").mode == "RGB"
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path):
+    name = "$\\frac$"
+    write_curves(tmp_path, name, {"training": [], "validation": []})
+    diagram = reliability_diagram(numpy.full((2, 1), 0.5), numpy.array([[True], [False]]), [name], name)
+    diagram.draw_without_rendering()

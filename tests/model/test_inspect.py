@@ -141,6 +141,29 @@ def test_any_number_of_classes_and_codes(classes, codewords, image):
     assert sum(title.startswith("code ") for title in titles) == min(codewords, 32)
 
 
+def test_names_with_dollar_signs_are_no_formulas(image):
+    names = [f"$\\frac$ {index}" for index in range(3)]
+    checkpoint = dataclasses.replace(make_checkpoint(), classes=names)
+    scene = inspect.look(build_model(checkpoint), checkpoint, image)
+    inspect.inspection(scene, checkpoint, image, "$\\frac$.jpg").draw_without_rendering()
+
+
+@pytest.mark.parametrize("size", [(2, 200), (200, 2)])
+def test_a_strip_is_drawn_on_a_figure_of_a_usual_size(size):
+    checkpoint = make_checkpoint(dataclasses.replace(CONFIG, codewords=32))
+    image = numpy.zeros((*size, 3), numpy.uint8)
+    scene = inspect.look(build_model(checkpoint), checkpoint, image)
+    figure = inspect.inspection(scene, checkpoint, image, "strip.png")
+    assert max(figure.get_size_inches()) < 80
+
+
+def test_weights_kept_in_half_precision_are_drawn(files, tmp_path):
+    checkpoint = make_checkpoint()
+    weights = {key: value.bfloat16() for key, value in checkpoint.weights.items()}
+    save_checkpoint(files[0], dataclasses.replace(checkpoint, weights=weights))
+    assert inspect.main([*map(str, files), "--out", str(tmp_path / "seen.png")]) == 0
+
+
 def test_without_out_it_is_named_after_the_picture(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert inspect.main([*map(str, files)]) == 0

@@ -438,6 +438,7 @@ def test_a_restart_goes_on_with_its_own_run_only(monkeypatch):
     [
         (["epoch=3"], "unknown option 'epoch'; known: name, "),
         (["epochs=many"], "epochs must be int, got 'many'"),
+        (["epochs={[]}"], r"epochs must be int, got '\{\[\]\}'"),
         (["epochs"], "options are given as key=value"),
         (["epochs=0"], "epochs must be at least 1, got 0"),
         (["optimizer=lion"], "optimizer must be sgd or adamw"),
@@ -454,6 +455,8 @@ def test_a_restart_goes_on_with_its_own_run_only(monkeypatch):
         (["gamma=15"], "gamma must be 0 to 4, got 15"),
         (["gamma=-1"], "gamma must be 0 to 4, got -1"),
         (["crop=4"], "crop must be 32 to 16384 pixels, got 4"),
+        (["base_size=0"], "base_size must be 1 to 16384 pixels, got 0"),
+        (["base_size=16385"], "base_size must be 1 to 16384 pixels, got 16385"),
         (["crop=1000000"], "crop must be 32 to 16384 pixels"),
     ],
 )
@@ -467,6 +470,8 @@ def test_words_win_over_the_recipe_file(tmp_path):
     path.write_text('epochs = 7\nlearning_rate = 1\noptimizer = "adamw"\n')
     recipe = Recipe(**read_recipe(path, ["epochs=9", "lateral=true"]))
     assert (recipe.epochs, recipe.learning_rate, recipe.optimizer, recipe.lateral) == (9, 1.0, "adamw", True)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_recipe(path, [])["epochs"] == 7, "with a byte order mark"
     path.write_text("rotation = inf")
     with pytest.raises(RecipeError, match="rotation must be a finite number"):
         read_recipe(path, [])
