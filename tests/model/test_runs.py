@@ -278,4 +278,4 @@ def test_reference_positions_are_compared_only_where_there_are_some(data, tmp_pa
     assert train.main(options) == 0
     file = tmp_path / "final.pt"
     assert reference_positions.main([str(file), "--data", str(data / "camvid")]) == 2
-    assert f"error: {file}: it has no reference_positions" in capsys.readouterr().err
+    assert f"error: {file}: no reference_positions to compare" in capsys.readouterr().err
