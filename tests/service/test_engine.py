@@ -254,7 +254,7 @@ def test_a_graph_whose_outputs_are_others(tmp_path: Path) -> None:
 
 def test_a_missing_file(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "none.onnx")
-    assert "cannot be read: File name too long" in refusal(tmp_path / ("n" * 300))
+    assert re.search(r"cannot be read by user \d+: file name too long", refusal(tmp_path / ("n" * 300)))
 
 
 @pytest.fixture(params=["m", "m/model.onnx"])
