@@ -27,7 +27,7 @@ from model.arguments import scales
 from model.checkpoint import MOST_BASE_SIZE, Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, read_classes
 from model.files import replacing
-from model.wording import first_line
+from model.wording import first_line, is_text
 
 EPILOG = """the file
   The whole graph (default) takes image uint8 (N, H, W, 3) RGB, scales float32 (S,) and flip bool (), and answers mask
@@ -153,7 +153,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Checkpoint:
     """The checkpoint with what the command line says differently.
 
-    Raises ExportError when the number of class names does not fit, DataError for an unreadable classes file.
+    Raises ExportError when the number of class names does not fit or the model's name, which may be that of a file, is
+    no text, DataError for an unreadable classes file.
     """
     changes = {
         key: value for key in ("name", "base_size", "scales", "flip") if (value := getattr(arguments, key)) is not None
@@ -165,7 +166,10 @@ def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Check
         count, expected = len(changes["classes"]), checkpoint.config.num_classes
         if count != expected:
             raise ExportError(f"{arguments.classes}: names {count} classes, the checkpoint has {expected}")
-    return dataclasses.replace(checkpoint, **changes)
+    changed = dataclasses.replace(checkpoint, **changes)
+    if not is_text(changed.name):
+        raise ExportError(f"the model's name {changed.name!a} is no text in UTF-8; choose one with --name")
+    return changed
 
 
 FROM_A_CHECKPOINT = ("output", "fp16", "compact", "classes", "base_size", "scales", "flip", "reference_positions")

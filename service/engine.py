@@ -54,7 +54,7 @@ class Metadata(BaseModel):
     mean: Json[tuple[float, float, float]]
     std: Json[tuple[float, float, float]]
     base_size: int = Field(ge=1, le=16384)
-    scales: Json[tuple[Annotated[float, Field(gt=0, le=100)], ...]] = Field(min_length=1)
+    scales: Json[tuple[Annotated[float, Field(gt=0, le=1e6)], ...]] = Field(min_length=1)
     flip: bool
     resize: str
     align_corners: str
