@@ -178,7 +178,7 @@ FROM_A_CHECKPOINT = ("output", "fp16", "compact", "classes", "base_size", "scale
 def read_exported(arguments: argparse.Namespace) -> onnx.ModelProto:
     """The .onnx file that stands in the place of a checkpoint.
 
-    Raises ExportError for options that only a checkpoint has, and for a file that is no ONNX model.
+    Raises ExportError for options that only a checkpoint has, and for a file that is no ONNX model or lacks weights.
     """
     source = arguments.checkpoint
     left_out = parser().parse_args([str(source)])
@@ -190,6 +190,8 @@ def read_exported(arguments: argparse.Namespace) -> onnx.ModelProto:
         return onnx.load(source)
     except DecodeError as error:
         raise ExportError(f"{source}: is no ONNX file") from error
+    except (ValidationError, ValueError) as error:  # of weights in a file beside it
+        raise ExportError(f"{source}: its weights cannot be read: {first_line(error)}") from error
 
 
 def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None:
