@@ -535,6 +535,8 @@ def test_json_outputs_that_are_too_large_are_told_before_a_run(
         ("GET", "/v2/nothing", 404),
         ("GET", "/v2/models/none", 404),
         ("GET", "/v2/models/none/ready", 404),
+        ("GET", "/v2/models/tiny/", 404),
+        ("POST", "/v2/models/tiny/infer/", 404),
         ("GET", "/v2/models/tiny/versions/7", 404),
         ("GET", "/v2/models/tiny/infer", 405),
         ("POST", "/v2", 405),
