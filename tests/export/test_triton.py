@@ -1,5 +1,6 @@
 """`python -m export ... --triton-repository`: what it writes is what Triton's ONNX Runtime backend loads and runs."""
 
+import io
 import json
 import os
 import shlex
@@ -321,6 +322,15 @@ def test_the_same_graph_is_not_written_twice_and_another_becomes_the_next_versio
     assert "kept" not in capsys.readouterr().out.splitlines()[-1]
     assert tuned not in (folder / "config.pbtxt").read_text()
     Backend(folder)
+
+
+def test_a_path_that_is_no_text_is_told_all_the_same(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", write_through=True))
+    assert export(tiny_file, "--triton-repository", tmp_path / "mod\udce9les") == 0
+    assert rb"mod\udce9les/encnet-tiny/1: written" in written.getvalue()
 
 
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object, code: int = 2) -> str:
