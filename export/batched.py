@@ -13,10 +13,11 @@ import numpy
 import onnx
 import onnx.parser
 
-from export.errors import ParityError
+from export.errors import ExportError, ParityError
 from export.metadata import describe
 from export.parity import Case, picture, session
 from export.whole import insert_graph, subgraphs
+from model.wording import first_line
 
 LEAST_SCALE, MOST_SCALE = 0.25, 3.0  # a scale beyond is taken as the nearer one: a graph cannot refuse an input
 
@@ -92,16 +93,24 @@ def batched_model(whole: onnx.ModelProto) -> onnx.ModelProto:
 def check_same(whole: bytes, batched: bytes, library: Path | None) -> None:
     """Run three pictures in one batch, two with the same views, and each group of them through the whole graph.
 
-    Raises ParityError unless the answers are the same bits, and ExportError for a library that does not load.
+    Raises ParityError unless the answers are the same bits, and ExportError for a library that does not load or a graph
+    that does not run.
     """
     image = picture(Case(3, 48, 64)).numpy()
     scales = numpy.array([[0.5, 0.25], [0.75, 0.75], [0.5, 0.25]], numpy.float32)
     flip = numpy.array([[False], [True], [False]])
     names = ["mask", "presence"]
-    found = session(batched, library).run(names, {"image": image, "scales": scales, "flip": flip})
-    runtime = session(whole, library)
-    for group in ([0, 2], [1]):
-        feeds = {"image": image[group], "scales": scales[group[0]], "flip": flip[group[0]].reshape(())}
-        for name, expected, answer in zip(names, runtime.run(names, feeds), found, strict=True):
-            if not numpy.array_equal(answer[group], expected):
+    groups = ([0, 2], [1])
+    feeds = [
+        {"image": image[group], "scales": scales[group[0]], "flip": flip[group[0]].reshape(())} for group in groups
+    ]
+    alone, together = session(whole, library), session(batched, library)
+    try:
+        expected = [alone.run(names, one) for one in feeds]
+        found = together.run(names, {"image": image, "scales": scales, "flip": flip})
+    except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
+        raise ExportError(f"ONNX Runtime cannot run the graph: {first_line(error)}") from error
+    for group, answers in zip(groups, expected, strict=True):
+        for name, wanted, answer in zip(names, answers, found, strict=True):
+            if not numpy.array_equal(answer[group], wanted):
                 raise ParityError(f"the graph for Triton and the whole graph differ in {name}; nothing is written")

@@ -27,7 +27,7 @@ from model.arguments import scales
 from model.checkpoint import MOST_BASE_SIZE, Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, read_classes
 from model.files import replacing
-from model.wording import first_line
+from model.wording import first_line, is_text
 
 EPILOG = """the file
   The whole graph (default) takes image uint8 (N, H, W, 3) RGB, scales float32 (S,) and flip bool (), and answers mask
@@ -153,7 +153,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Checkpoint:
     """The checkpoint with what the command line says differently.
 
-    Raises ExportError when the number of class names does not fit, DataError for an unreadable classes file.
+    Raises ExportError when the number of class names does not fit or the model's name, which may be that of a file, is
+    no text, DataError for an unreadable classes file.
     """
     changes = {
         key: value for key in ("name", "base_size", "scales", "flip") if (value := getattr(arguments, key)) is not None
@@ -165,7 +166,10 @@ def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Check
         count, expected = len(changes["classes"]), checkpoint.config.num_classes
         if count != expected:
             raise ExportError(f"{arguments.classes}: names {count} classes, the checkpoint has {expected}")
-    return dataclasses.replace(checkpoint, **changes)
+    changed = dataclasses.replace(checkpoint, **changes)
+    if not is_text(changed.name):
+        raise ExportError(f"the model's name {changed.name!a} is no text in UTF-8; choose one with --name")
+    return changed
 
 
 FROM_A_CHECKPOINT = ("output", "fp16", "compact", "classes", "base_size", "scales", "flip", "reference_positions")
@@ -174,7 +178,7 @@ FROM_A_CHECKPOINT = ("output", "fp16", "compact", "classes", "base_size", "scale
 def read_exported(arguments: argparse.Namespace) -> onnx.ModelProto:
     """The .onnx file that stands in the place of a checkpoint.
 
-    Raises ExportError for options that only a checkpoint has, and for a file that is no ONNX model.
+    Raises ExportError for options that only a checkpoint has, and for a file that is no ONNX model or lacks weights.
     """
     source = arguments.checkpoint
     left_out = parser().parse_args([str(source)])
@@ -186,6 +190,8 @@ def read_exported(arguments: argparse.Namespace) -> onnx.ModelProto:
         return onnx.load(source)
     except DecodeError as error:
         raise ExportError(f"{source}: is no ONNX file") from error
+    except (ValidationError, ValueError) as error:  # of weights in a file beside it
+        raise ExportError(f"{source}: its weights cannot be read: {first_line(error)}") from error
 
 
 def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None:
@@ -300,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the path of a file may be no text in UTF-8
     try:
         run(arguments, Console(), Console(stderr=True))
     except ParityError as error:

@@ -102,8 +102,15 @@ def session_options(library: Path | None = None) -> onnxruntime.SessionOptions:
 
 
 def session(model: bytes, library: Path | None = None) -> onnxruntime.InferenceSession:
-    """The model on the CPU, of a stock ONNX Runtime or with the compiled kernel. Raises as `session_options` does."""
-    return onnxruntime.InferenceSession(model, session_options(library), providers=["CPUExecutionProvider"])
+    """The model on the CPU, of a stock ONNX Runtime or with the compiled kernel.
+
+    Raises ExportError where ONNX Runtime does not take the model, and as `session_options` does.
+    """
+    options = session_options(library)
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
+        raise ExportError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
 
 
 def compare_core(

@@ -26,6 +26,7 @@ from model.checkpoint import MOST_BASE_SIZE, is_positive
 from model.files import replacing
 from model.foreign import are_names
 from model.kernels.build import OUTPUT as KERNELS
+from model.wording import is_text
 
 MAX_BATCH = 8
 MAX_QUEUE = 64  # requests that wait
@@ -136,6 +137,8 @@ def facts(whole: onnx.ModelProto, source: Path, name: str | None = None) -> Fact
     Raises ExportError for a file that is no whole graph of this command, or a damaged one.
     """
     values = {entry.key: entry.value for entry in whole.metadata_props}
+    if not all(map(is_text, (*values, *values.values()))):  # protobuf gives what is not UTF-8 as bytes
+        raise ExportError(f"{source}: its metadata is damaged: not all of it is text in UTF-8")
     if values.get("format") != FORMAT or values.get("graph") != "whole":
         kind = {"core": "holds the network alone", "batched": "comes from such a repository already"}
         found = kind.get(values.get("graph", ""), "was not written by `python -m export`")
@@ -148,7 +151,7 @@ def facts(whole: onnx.ModelProto, source: Path, name: str | None = None) -> Fact
             tuple(json.loads(values["scales"])),
             json.loads(values["flip"]),
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{source}: its metadata is damaged: {error!r}") from error
     rules = (
         (are_names(described.classes), "classes"),

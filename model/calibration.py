@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 METHODS = ("temperature", "platt")
+MOST = torch.finfo(torch.float32).max
 LOG_SCALE_SPREAD, BIAS_SPREAD = 1.0, 3.0
 
 
@@ -33,8 +34,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         rules = (
-            (all(0 < value < math.inf for value in self.scale), "scale must be finite numbers above 0"),
-            (all(math.isfinite(value) for value in self.bias), "bias must be finite numbers"),
+            (all(0 < value <= MOST for value in self.scale), "scale must be finite numbers above 0"),
+            (all(abs(value) <= MOST for value in self.bias), "bias must be finite numbers"),
             (
                 len(self.scale) == len(self.bias),
                 f"scale and bias must have one number for each class, found {len(self.scale)} and {len(self.bias)}",

@@ -4,7 +4,6 @@ Checkpoints in the formats of PyTorch-Encoding and mmsegmentation are read as we
 """
 
 import hashlib
-import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -23,10 +22,11 @@ from model.encnet import EncNet
 from model.files import replacing
 from model.foreign import are_names, inverse, is_palette, read_foreign, rename
 from model.weights import CheckpointError, check_state, raise_for, read_pickle
-from model.wording import listing
+from model.wording import is_text, listing
 
 FORMAT = "encnet-serve/1"
 MOST_BASE_SIZE = 16384
+MOST_NUMBER = 1e6  # of means, deviations and scales
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -175,6 +175,10 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
         ),
         (len(checkpoint.std) == 3 and all(map(is_positive, checkpoint.std)), "std must be three positive numbers"),
         (checkpoint.scales and all(map(is_positive, checkpoint.scales)), "scales must be positive numbers"),
+        (
+            all(map(is_text, (checkpoint.name, checkpoint.licence, checkpoint.description))),
+            "name, licence and description must be text that UTF-8 can hold",
+        ),
     )
     broken = [message for holds, message in rules if not holds]
     if broken:
@@ -187,11 +191,11 @@ def _native(document: Mapping[str, Any]) -> Checkpoint:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MOST_NUMBER
 
 
 def is_positive(value: Any) -> bool:
-    """Whether it is a finite number above 0."""
+    """Whether it is a number above 0, MOST_NUMBER at most."""
     return _is_number(value) and value > 0
 
 

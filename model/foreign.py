@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.resnet import BLOCKS, DEEP_STEM_WIDTHS, BasicBlock, Bottleneck
-from model.wording import listing
+from model.wording import is_text, listing
 
 PYTORCH_ENCODING = "PyTorch-Encoding"
 MMSEGMENTATION = "mmsegmentation"
@@ -250,7 +250,7 @@ def _plain(value: Any) -> Any:
 def are_names(classes: Iterable[Any]) -> bool:
     """Whether they are texts, none empty and none twice."""
     names = list(classes)
-    return all(isinstance(name, str) and name.strip() for name in names) and len(set(names)) == len(names)
+    return all(is_text(name) and name.strip() for name in names) and len(set(names)) == len(names)
 
 
 def is_palette(palette: Iterable[Any], num_classes: int) -> bool:

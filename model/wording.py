@@ -1,6 +1,12 @@
-"""How messages put long things shortly."""
+"""How messages put long things shortly, and what is text."""
 
 from collections.abc import Iterable
+from typing import Any
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a text that can be written as UTF-8: half of a surrogate pair cannot."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def listing(items: Iterable[str], most: int = 20) -> str:

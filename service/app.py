@@ -42,6 +42,7 @@ def create_app(settings: Settings | None = None, models: Models | None = None) -
         description=_description(models),
         docs_url="/docs",
         redoc_url=None,
+        redirect_slashes=False,  # to http:// behind a proxy that speaks https, with the picture and the key
         # for /docs, which has a place for the key then; RequestContext checks it
         dependencies=[Security(HTTPBearer(auto_error=False))] if settings.api_keys else [],
     )

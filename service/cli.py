@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from service import batch, bench, warm
 from service.engine import Engine, ModelError
-from service.errors import InputError
+from service.errors import InputError, first_line
 from service.files import check_writable, whole
 from service.folders import entry_error, find_pictures
 from service.models import Models
@@ -485,7 +485,10 @@ def warm_model(
     )
     typer.echo(f"{'picture':>12} {'first ms':>10} {'second ms':>10}")
     for width, height in sizes or warm.usual_sizes(metadata.base_size):
-        times = warm.warm(engine, (width, height), options.scales, options.flip)
+        try:
+            times = warm.warm(engine, (width, height), options.scales, options.flip)
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
+            _fail(f"the model failed on a picture of {width}x{height}: {first_line(error)}")
         typer.echo(f"{f'{width}x{height}':>12} {times.first_ms:10.1f} {times.second_ms:10.1f}")
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnxruntime as ort
-from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError, model_validator
 
 from service import cores, kernels
 from service.cost import Work, window_starts, work_of
@@ -53,8 +53,8 @@ class Metadata(BaseModel):
     palette: Json[tuple[tuple[int, int, int], ...]]
     mean: Json[tuple[float, float, float]]
     std: Json[tuple[float, float, float]]
-    base_size: PositiveInt
-    scales: Json[tuple[float, ...]] = Field(min_length=1)
+    base_size: int = Field(ge=1, le=16384)
+    scales: Json[tuple[Annotated[float, Field(gt=0, le=1e6)], ...]] = Field(min_length=1)
     flip: bool
     resize: str
     align_corners: str
@@ -163,9 +163,12 @@ class Engine:
         if not threads and own < (os.cpu_count() or 1):
             threads = own  # ONNX Runtime's own choice goes by the machine's cores, and binds threads to them
         self._session = _open_session(model, execution_providers(device, gpu_memory_limit), threads)
-        self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, model)
-        self._mask_type = np.uint16 if len(self.metadata.classes) > 255 else np.uint8
-        _check_graph(self._session, model, len(self.metadata.classes), np.dtype(self._mask_type).name)
+        try:
+            self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, model)
+            self._mask_type = np.uint16 if len(self.metadata.classes) > 255 else np.uint8
+            _check_graph(self._session, model, len(self.metadata.classes), np.dtype(self._mask_type).name)
+        except UnicodeDecodeError:
+            raise ModelError(f"{model} has names or metadata that are no text in UTF-8; {HOW_TO_EXPORT}") from None
         self.device: Literal["cpu", "cuda"] = (
             "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         )
@@ -419,6 +422,6 @@ def _check_graph(session: ort.InferenceSession, file: Path, classes: int, mask_t
         found, needed = outputs[name].type, f"tensor({mask_type if name == 'mask' else 'float'})"
         if found != needed:
             raise ModelError(f"{file} gives {name} as {found}, where {needed} is needed; {HOW_TO_EXPORT}")
-    scores = outputs["presence"].shape[-1]
-    if isinstance(scores, int) and scores != classes:
-        raise ModelError(f"{file} gives {scores} classes, and its metadata names {classes}; {HOW_TO_EXPORT}")
+    for scores in outputs["presence"].shape[1:2]:
+        if isinstance(scores, int) and scores != classes:
+            raise ModelError(f"{file} gives {scores} classes, and its metadata names {classes}; {HOW_TO_EXPORT}")

@@ -45,7 +45,7 @@ class TextFormatter(logging.Formatter):
         """The line, without its end."""
         text = super().format(record)
         own = getattr(record, "request_id", "")
-        return f"{text} [{own}]" if own and own not in text else text
+        return f"{text} [{own}]" if own else text
 
 
 def set_up(log_format: str, level: str) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from service import cores
-from service.engine import Engine
-from service.errors import InputError, Refusal
+from service.engine import Engine, ModelError
+from service.errors import InputError, Refusal, first_line
 from service.pipeline import Pipeline
 from service.settings import Settings
 
@@ -153,7 +153,10 @@ class Models:
 
         def load() -> Engine:
             engine = self._open_engine(served.path, settings)
-            engine.warm_up()
+            try:
+                engine.warm_up()
+            except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
+                raise ModelError(f"{served.path} loads but does not run: {first_line(error)}") from error
             return engine
 
         return Pipeline(load, settings, self.workers, self.readers)

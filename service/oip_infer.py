@@ -130,7 +130,11 @@ def _options(request: InferRequest, query: list[tuple[str, str]], one: Face, set
     if timeout:
         pairs.append(("timeout_ms", str(-(-timeout // 1000))))
     if "scales" in request.inputs:
-        pairs.append(("scales", ",".join(str(scale) for scale in request.inputs["scales"].array)))
+        scales = request.inputs["scales"].array
+        if len(scales) > settings.max_scales:  # millions of them would take seconds to become text
+            text = f"input scales has {len(scales)} scales, at most {settings.max_scales} are allowed"
+            raise InputError("invalid_option", text)
+        pairs.append(("scales", ",".join(map(str, scales))))
     if "flip" in request.inputs:
         pairs.append(("flip", str(request.inputs["flip"].array)))
     return parse_options(pairs, settings)

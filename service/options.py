@@ -54,12 +54,13 @@ class Options(BaseModel):
         if value is None:
             return None
         settings = _settings(info)
+        count = str(value).count(",") + 1  # before they are read: there may be millions
+        if count > settings.max_scales:
+            raise ValueError(f"has {count} scales, at most {settings.max_scales} are allowed")
         try:
             scales = tuple(float(part) for part in str(value).split(","))
         except ValueError:
             raise ValueError("must be numbers separated by commas, as in 0.75,1,1.25") from None
-        if len(scales) > settings.max_scales:
-            raise ValueError(f"has {len(scales)} scales, at most {settings.max_scales} are allowed")
         if not all(math.isfinite(scale) and settings.min_scale <= scale <= settings.max_scale for scale in scales):
             raise ValueError(f"must each be from {settings.min_scale:g} to {settings.max_scale:g}")
         return scales

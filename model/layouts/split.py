@@ -10,6 +10,7 @@ import numpy
 from PIL import Image, UnidentifiedImageError
 
 from model.losses import IGNORE
+from model.wording import is_text
 
 CLASSES = Path(__file__).parent / "classes"
 
@@ -144,7 +145,7 @@ def read_classes(path: Path) -> tuple[list[str], list[list[int]]]:
         raise DataError(f'{path}: expected {{"classes": [{{"id", "name", "color"}}, ...]}}: {error!r}') from error
     if ids != list(range(len(ids))) or not ids or any(type(number) is not int for number in ids):
         raise DataError(f"{path}: class ids must be 0, 1, 2, ... without gaps, found {ids[:20]}")
-    if nameless := [index for index, name in enumerate(names) if not isinstance(name, str) or not name.strip()]:
+    if nameless := [index for index, name in enumerate(names) if not is_text(name) or not name.strip()]:
         raise DataError(f"{path}: a name must be a text that is not empty, found others at ids {nameless[:20]}")
     if twice := repeated(names):
         raise DataError(f"{path}: every class needs a name of its own, found {', '.join(twice)} more than once")

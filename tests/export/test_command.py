@@ -180,6 +180,11 @@ def test_classes_that_do_not_fit(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert "classes.json" in refused(capsys, tmp_path, checkpoint, "--classes", classes)
 
 
+def test_a_name_that_is_no_text(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes of a command line that are not UTF-8 come as halves of surrogate pairs."""
+    assert r"'r\udce9seau' is no text in UTF-8" in refused(capsys, tmp_path, checkpoint, "--name", "r\udce9seau")
+
+
 @pytest.mark.parametrize(
     "options",
     [

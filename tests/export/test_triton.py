@@ -1,5 +1,6 @@
 """`python -m export ... --triton-repository`: what it writes is what Triton's ONNX Runtime backend loads and runs."""
 
+import io
 import json
 import os
 import shlex
@@ -323,6 +324,15 @@ def test_the_same_graph_is_not_written_twice_and_another_becomes_the_next_versio
     Backend(folder)
 
 
+def test_a_path_that_is_no_text_is_told_all_the_same(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", write_through=True))
+    assert export(tiny_file, "--triton-repository", tmp_path / "mod\udce9les") == 0
+    assert rb"mod\udce9les/encnet-tiny/1: written" in written.getvalue()
+
+
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object, code: int = 2) -> str:
     """The one sentence on standard error of a run that fails; the folder's files are what they were."""
     before = tree(folder)
@@ -389,6 +399,8 @@ def test_a_damaged_file_is_refused(tiny_file: Path, tmp_path: Path, capsys: pyte
         ("scales", "[]"),
         ("scales", '["1"]'),
         ("flip", "1"),
+        ("classes", r'["\ud800", "a", "b", "c"]'),
+        ("scales", "[1e300]"),
     ):
         values = {**METADATA, key: value}
         model = tiny_model()
@@ -403,6 +415,37 @@ def test_a_damaged_file_is_refused(tiny_file: Path, tmp_path: Path, capsys: pyte
         onnx.save(model, damaged)
         sentence = refused(capsys, tmp_path, damaged, "--triton-repository", tmp_path / "models")
         assert "must have outputs mask and presence" in sentence
+    model = tiny_model()
+    onnx.helper.set_model_props(model, {**METADATA, "classes": "[" * 100_000})
+    onnx.save(model, damaged)
+    sentence = refused(capsys, tmp_path, damaged, "--triton-repository", tmp_path / "models")
+    assert "its metadata is damaged" in sentence
+    damaged.write_bytes(tiny_file.read_bytes().replace(b"encnet-tiny", b"encnet-tin\xff"))
+    sentence = refused(capsys, tmp_path, damaged, "--triton-repository", tmp_path / "models")
+    assert "not all of it is text in UTF-8" in sentence
+
+
+def test_a_graph_that_does_not_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.onnx"
+    model = tiny_model()
+    model.graph.node[0].op_type = "Bogus"
+    onnx.save(model, broken)
+    sentence = refused(capsys, tmp_path, broken, "--triton-repository", tmp_path / "models")
+    assert "ONNX Runtime cannot load the graph: " in sentence
+    model = tiny_model()
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 7
+    onnx.save(model, broken)
+    sentence = refused(capsys, tmp_path, broken, "--triton-repository", tmp_path / "models")
+    assert "ONNX Runtime cannot run the graph: " in sentence
+
+
+def test_weights_in_a_file_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = tmp_path / "split.onnx"
+    onnx.save(tiny_model(), split, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    assert "its weights cannot be read: " in refused(capsys, tmp_path, split, "--triton-repository", tmp_path / "m")
+    (tmp_path / "weights.bin").unlink()
+    assert "its weights cannot be read: " in refused(capsys, tmp_path, split, "--triton-repository", tmp_path / "m")
 
 
 @pytest.mark.parametrize("fault", ["name", "kernel", "labels"])

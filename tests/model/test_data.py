@@ -189,6 +189,9 @@ def test_classes_are_read_in_the_order_of_their_ids(tmp_path):
     assert read_classes(tmp_path / "c.json") == (["sky", "road"], [[0, 0, 255], [90, 90, 90]])
     with pytest.raises(DataError, match=r"absent\.json: no such file$"):
         read_classes(tmp_path / "absent.json")
+    (tmp_path / "half.json").write_text(json.dumps({"classes": [{**CLASSES[0], "id": 0, "name": "\ud800"}]}))
+    with pytest.raises(DataError, match=r"a name must be a text that is not empty, found others at ids \[0\]"):
+        read_classes(tmp_path / "half.json")
 
 
 def test_names_may_be_more_than_a_label_map_holds(tmp_path):

@@ -172,6 +172,16 @@ def test_a_wrong_environment_variable_is_named(picture: Path, monkeypatch: pytes
     assert "ENCNET_MAX_PIXELS" in result.stderr
 
 
+def test_a_model_that_fails_while_it_is_warmed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no memory\nat a place in the source")
+
+    monkeypatch.setattr(Engine, "segment", fail)
+    result = run("warm", "--size", "64x48")
+    assert result.exit_code == 1
+    assert result.stderr == "error: the model failed on a picture of 64x48: no memory\n"
+
+
 def test_a_settings_file_that_is_not_text_is_a_sentence(picture: Path) -> None:
     Path("encnet.env").write_bytes("ENCNET_MODELS=größe=a.onnx".encode("latin-1"))
     result = run("segment", picture)

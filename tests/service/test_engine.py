@@ -20,6 +20,8 @@ from onnx import helper
 from tiny_model import CLASSES, GAIN, METADATA, PALETTE, tiny_model
 
 from service.engine import Engine, ModelError, Stopped
+from service.models import Models
+from service.settings import Settings
 
 REQUIRED = [key for key in METADATA if key != "graph"]
 
@@ -183,13 +185,25 @@ def test_a_core_graph_is_refused(changed_model: Callable[..., Path]) -> None:
         ("palette", "[[0, 0, 0]]"),
         ("palette", "[[0, 0, 0], [0, 0, 256], [1, 1, 1], [2, 2, 2]]"),
         ("base_size", "0"),
+        ("base_size", "9" * 400),
         ("scales", "[]"),
+        ("scales", "[0]"),
+        ("scales", "[1, NaN]"),
+        ("scales", "[Infinity]"),
+        ("scales", "[1e300]"),
         ("flip", "perhaps"),
         ("mean", "[0.5]"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(changed_model: Callable[..., Path], key: str, text: str) -> None:
     assert key in refusal(changed_model(**{key: text}))
+
+
+@pytest.mark.parametrize("text", [b"encnet-tiny", b"presence", b"flip"])
+def test_text_that_is_not_utf_8_is_refused(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "latin.onnx"
+    path.write_bytes(tiny_model().SerializeToString().replace(text, b"\xe9" + text[1:]))
+    assert "no text in UTF-8" in refusal(path)
 
 
 def test_the_calibration_is_read(changed_model: Callable[..., Path], engine: Engine) -> None:
@@ -249,12 +263,25 @@ def test_a_graph_whose_outputs_are_others(tmp_path: Path) -> None:
     assert "gives mask as tensor(int64), where tensor(uint8) is needed" in refusal(tmp_path / "int64.onnx")
 
 
+def test_a_graph_that_gives_presence_as_one_number_is_refused_when_it_has_run(tmp_path: Path) -> None:
+    model = tiny_model()
+    presence = next(value for value in model.graph.output if value.name == "presence")
+    presence.CopyFrom(helper.make_tensor_value_info("presence", onnx.TensorProto.FLOAT, []))
+    model.graph.node[-1].output[:] = ["scores"]
+    model.graph.node.append(helper.make_node("ReduceMax", ["scores"], ["presence"], keepdims=0))
+    onnx.save(model, tmp_path / "one.onnx")
+    models = Models(Settings(model=tmp_path / "one.onnx", device="cpu", threads=1))
+    with pytest.raises(ModelError, match="loads but does not run: "):
+        models.start()
+    models.close()
+
+
 # ---- files that are no model
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "none.onnx")
-    assert "cannot be read: File name too long" in refusal(tmp_path / ("n" * 300))
+    assert re.search(r"cannot be read by user \d+: file name too long", refusal(tmp_path / ("n" * 300)))
 
 
 @pytest.fixture(params=["m", "m/model.onnx"])

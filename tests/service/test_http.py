@@ -313,6 +313,7 @@ def test_a_form_that_cannot_be_read_is_a_4xx(client: TestClient, content_type: s
 
 def test_unknown_path_and_wrong_method(client: TestClient) -> None:
     assert "/nowhere" in assert_error(client.get("/nowhere"), 404, "not_found")
+    assert "/segment/" in assert_error(client.post("/segment/", follow_redirects=False), 404, "not_found")
     response = client.get("/segment")
     assert_error(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"

@@ -496,6 +496,8 @@ def test_inputs_missing_and_unknown(call: Call, batch: np.ndarray) -> None:
     with pytest.raises(InferenceServerException, match="scales is given twice"):
         scales = tensor("scales", np.ones(1, np.float32))
         call("infer", "tiny", [tensor("image", batch), scales], parameters={"scales": "2"})
+    with pytest.raises(InferenceServerException, match=r"\[422\] input scales has 50000 scales, at most 8 are allowed"):
+        call("infer", "tiny", [tensor("image", batch), tensor("scales", np.ones(50_000, np.float32))])
 
 
 def test_json_outputs_are_bounded(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -533,6 +535,8 @@ def test_json_outputs_that_are_too_large_are_told_before_a_run(
         ("GET", "/v2/nothing", 404),
         ("GET", "/v2/models/none", 404),
         ("GET", "/v2/models/none/ready", 404),
+        ("GET", "/v2/models/tiny/", 404),
+        ("POST", "/v2/models/tiny/infer/", 404),
         ("GET", "/v2/models/tiny/versions/7", 404),
         ("GET", "/v2/models/tiny/infer", 405),
         ("POST", "/v2", 405),

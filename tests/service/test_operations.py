@@ -192,6 +192,11 @@ def test_json_log_lines_carry_the_request_and_its_id(client: TestClient, png: by
     assert "secret" not in stream.getvalue()
 
 
+def test_a_line_for_people_ends_with_the_id_whatever_else_it_says() -> None:
+    record = logging.makeLogRecord({"msg": "POST /segment 200 ok 12.3 ms", "request_id": "200"})
+    assert logs.TextFormatter("%(message)s").format(record) == "POST /segment 200 ok 12.3 ms [200]"
+
+
 # ---- several models
 
 

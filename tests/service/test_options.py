@@ -67,6 +67,7 @@ def test_scales_that_are_no_numbers_show_how(text: str) -> None:
 def test_too_many_scales() -> None:
     assert parse(("scales", ",".join(["1"] * 8))).scales == (1.0,) * 8
     assert "at most 8" in refusal(("scales", ",".join(["1"] * 9))).message
+    assert "has 1000001 scales, at most 8" in refusal(("scales", "," * 1_000_000)).message  # without reading them
 
 
 def test_range_and_number_come_from_the_settings() -> None:
