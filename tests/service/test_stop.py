@@ -360,14 +360,17 @@ runpy.run_module("service", run_name="__main__")
 """
 
 
-def test_sigterm_is_handled_before_the_imports_are_done() -> None:
-    """As a container's first process it would otherwise be ignored."""
-    process = subprocess.Popen([sys.executable, "-c", IMPORTS_SLOWLY], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_is_obeyed_before_the_imports_are_done(number: int, code: int) -> None:
+    """A container's first process would otherwise not be ended by SIGTERM, and Ctrl-C print a traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORTS_SLOWLY], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout
     assert process.stdout.readline() == "importing\n"
-    process.terminate()
-    process.stdout.close()
-    assert process.wait(WAIT) == 143
+    process.send_signal(number)
+    assert process.communicate(timeout=WAIT) == ("", "")
+    assert process.returncode == code
 
 
 BECOMES_FIRST_PROCESS = """
