@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def spread(values: list[float]) -> dict[str, float | int | None]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation of every figure by variant, and the deltas of mIoU from each variant to the next."""
+    """Mean and standard deviation of every figure by variant, and the deltas of mIoU from each to all that follow."""
     by_variant: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in VARIANTS}
     for one in rows:
         by_variant[one["variant"]][one["seed"]] = one
@@ -75,13 +75,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if runs
     }
     deltas = {}
-    names = list(VARIANTS)
-    for before, after in pairwise(names):
+    for before, after in combinations(VARIANTS, 2):
         seeds = by_variant[before].keys() & by_variant[after].keys()
         if seeds:
             gains = [by_variant[after][seed]["miou"] - by_variant[before][seed]["miou"] for seed in sorted(seeds)]
-            deltas[f"{before} -> {after}"] = spread(gains)
+            deltas[step(before, after)] = spread(gains)
     return {"means": means, "miou_deltas": deltas}
+
+
+def step(before: str, after: str) -> str:
+    """What a delta is called."""
+    return f"{before} -> {after}"
 
 
 def cell(figure: dict[str, Any] | None) -> str:
@@ -93,14 +97,20 @@ def cell(figure: dict[str, Any] | None) -> str:
 
 def table(found: dict[str, Any], title: str) -> Table:
     shown = Table(title=title)
-    for heading in ("variant", "runs", "mIoU %", "delta", "pixel accuracy %", "class accuracy %", "presence mAP %"):
+    first, *_ = VARIANTS
+    headings = ("variant", "runs", "mIoU %", "over the row above", f"over {first}")
+    for heading in (*headings, "pixel accuracy %", "class accuracy %", "presence mAP %"):
         shown.add_column(heading, justify="left" if heading == "variant" else "right")
-    deltas = {name.rpartition(" -> ")[2]: delta for name, delta in found["miou_deltas"].items()}
+    above = {after: before for before, after in pairwise(VARIANTS)}
+
+    def gain(before: str | None, after: str) -> str:
+        delta = found["miou_deltas"].get(step(before, after)) if before else None
+        return "" if delta is None else ("+" if delta["mean"] >= 0 else "") + cell(delta)
+
     for variant, figures in found["means"].items():
         cells = [cell(figures.get(key)) for key in FIGURES]
-        delta = deltas.get(variant)
-        gain = "" if delta is None else ("+" if delta["mean"] >= 0 else "") + cell(delta)
-        shown.add_row(variant, str(figures["miou"]["runs"]), cells[0], gain, *cells[1:])
+        gains = gain(above.get(variant), variant), gain(first, variant)
+        shown.add_row(variant, str(figures["miou"]["runs"]), cells[0], *gains, *cells[1:])
     return shown
 
 

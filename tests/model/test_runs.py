@@ -179,10 +179,13 @@ def test_deltas_pair_runs_of_one_seed():
     ]
     found = ablation.summary(rows)
     assert found["means"]["FCN"]["miou"] == {"mean": 0.55, "std": pytest.approx(0.05 * math.sqrt(2)), "runs": 2}
-    first, second = found["miou_deltas"].values()
+    first, both, second = found["miou_deltas"].values()
     assert first == {"mean": pytest.approx(0.06), "std": pytest.approx(0.01 * math.sqrt(2)), "runs": 2}
     assert second == {"mean": pytest.approx(0.01), "std": None, "runs": 1}
-    assert ablation.cell(first) == "6.00 ± 1.41"
+    assert both == {"mean": pytest.approx(0.06), "std": None, "runs": 1}
+    shown = ablation.table(found, "made up")
+    _, _, _, above, over_the_first, *_ = (list(column.cells) for column in shown.columns)
+    assert above == ["", "+6.00 ± 1.41", "+1.00"] and over_the_first == ["", "+6.00 ± 1.41", "+6.00"]
 
 
 def test_the_comparison_is_begun_only_where_there_is_time_for_it(tmp_path, monkeypatch):
