@@ -91,16 +91,17 @@ def step(before: str, after: str) -> str:
 def cell(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return "–"
-    deviation = "" if figure["std"] is None else f" ± {100 * figure['std']:.2f}"
-    return f"{100 * figure['mean']:.2f}{deviation}"
+    deviation = "" if figure["std"] is None else f" ± {100 * figure['std']:.1f}"
+    return f"{100 * figure['mean']:.1f}{deviation}"
 
 
 def table(found: dict[str, Any], title: str) -> Table:
     shown = Table(title=title)
     first, *_ = VARIANTS
-    headings = ("variant", "runs", "mIoU %", "over the row above", f"over {first}")
-    for heading in (*headings, "pixel accuracy %", "class accuracy %", "presence mAP %"):
-        shown.add_column(heading, justify="left" if heading == "variant" else "right")
+    shown.add_column("variant", no_wrap=True)
+    gains = "over the row above", f"over {first}"
+    for heading in ("runs", "mIoU %", *gains, "pixel acc. %", "class acc. %", "presence mAP %"):
+        shown.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     above = {after: before for before, after in pairwise(VARIANTS)}
 
     def gain(before: str | None, after: str) -> str:
@@ -109,8 +110,8 @@ def table(found: dict[str, Any], title: str) -> Table:
 
     for variant, figures in found["means"].items():
         cells = [cell(figures.get(key)) for key in FIGURES]
-        gains = gain(above.get(variant), variant), gain(first, variant)
-        shown.add_row(variant, str(figures["miou"]["runs"]), cells[0], *gains, *cells[1:])
+        over = gain(above.get(variant), variant), gain(first, variant)
+        shown.add_row(variant, str(figures["miou"]["runs"]), cells[0], *over, *cells[1:])
     return shown
 
 

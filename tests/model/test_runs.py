@@ -185,7 +185,7 @@ def test_deltas_pair_runs_of_one_seed():
     assert both == {"mean": pytest.approx(0.06), "std": None, "runs": 1}
     shown = ablation.table(found, "made up")
     _, _, _, above, over_the_first, *_ = (list(column.cells) for column in shown.columns)
-    assert above == ["", "+6.00 ± 1.41", "+1.00"] and over_the_first == ["", "+6.00 ± 1.41", "+6.00"]
+    assert above == ["", "+6.0 ± 1.4", "+1.0"] and over_the_first == ["", "+6.0 ± 1.4", "+6.0"]
 
 
 def test_the_comparison_is_begun_only_where_there_is_time_for_it(tmp_path, monkeypatch):
