@@ -289,6 +289,11 @@ def test_a_supervisor_gives_up_on_a_server_that_dies_at_once() -> None:
     assert done.stdout.count("born") == QUICK_DEATHS
 
 
+def heed_ctrl_c() -> None:
+    """In a process to be started: also where the suite runs in the background, which does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 LOADS_FOR_EVER = """
 from service import cli, models
 from service.engine import Engine
@@ -312,6 +317,7 @@ def test_a_stop_while_the_model_loads_is_no_crash(number: signal.Signals, model_
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=heed_ctrl_c,
     )
     assert process.stdout
     assert process.stdout.readline() == "loading\n"
@@ -364,7 +370,12 @@ runpy.run_module("service", run_name="__main__")
 def test_a_stop_is_obeyed_before_the_imports_are_done(number: int, code: int) -> None:
     """A container's first process would otherwise not be ended by SIGTERM, and Ctrl-C print a traceback."""
     process = subprocess.Popen(
-        [sys.executable, "-c", IMPORTS_SLOWLY], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", IMPORTS_SLOWLY],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
     )
     assert process.stdout
     assert process.stdout.readline() == "importing\n"
