@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model.files import replacing
+from model.files import check_writable, replacing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,7 +35,20 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser, name: str) -> None:
     """The option --output: a JSON file for the figures, by default of this name among the results."""
     text = f"file for the figures (default: benchmarks/results/{name})"
-    parser.add_argument("--output", type=Path, default=RESULTS / name, metavar="FILE.json", help=text)
+    parser.add_argument("--output", type=result_file, default=RESULTS / name, metavar="FILE.json", help=text)
+
+
+def result_file(text: str) -> Path:
+    """The file of an option --output, once it is known that `write_json` can make it: now, not after long work."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path.parent)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: nothing can be written there: {error.strerror or error}") from None
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: it is a folder; name a file")
+    return path
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

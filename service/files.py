@@ -1,7 +1,9 @@
 """Files that appear whole or not at all."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EISDIR
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +21,9 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError where `whole` could not begin this file: now, not after long work."""
+    """Raise OSError where `whole` could not make this file: now, not after long work."""
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
     part = part_of(path)
     part.open("wb").close()
     part.unlink()

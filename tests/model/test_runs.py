@@ -169,6 +169,16 @@ def test_the_ablation_writes_into_its_own_folder_once_a_run_is_finished(data, tm
     assert "argument --seeds: expected a whole number, at least 1, got '0'" in capsys.readouterr().err
 
 
+def test_figures_that_could_not_be_written_are_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output, told in ((tmp_path, "it is a folder; name a file"), (tmp_path / "file" / "a.json", "File exists")):
+        with pytest.raises(SystemExit) as ended:
+            reference_positions.main(["none.pt", "--data", "none", "--output", str(output)])
+        assert ended.value.code == 2
+        printed = capsys.readouterr().err
+        assert "error: argument --output: " in printed and told in printed
+
+
 def test_deltas_pair_runs_of_one_seed():
     values = {"FCN": (0.5, 0.6), "+ Encoding": (0.55, 0.67), "+ Encoding + SE-loss": (0.56,)}
     rows = [

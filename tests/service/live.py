@@ -1,5 +1,6 @@
-"""Real servers on real sockets for the tests of those that speak to one."""
+"""Real servers on real sockets for the tests of those that speak to one, and real processes."""
 
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -78,3 +79,8 @@ def scripted(answer: Callable[[int], Answer | None], port: int = 0) -> Iterator[
         finally:
             server.shutdown()
             thread.join()
+
+
+def heed_ctrl_c() -> None:
+    """For preexec_fn: Ctrl-C ends the process, also where the suite runs in the background, which does not heed it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

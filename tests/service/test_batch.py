@@ -7,12 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from live import heed_ctrl_c
 from PIL import Image
 from tiny_model import CLASSES, encoded
 from typer.testing import CliRunner, Result
@@ -71,9 +71,8 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
     """`segment` in a process of its own, its output to be read line by line."""
     command = [sys.executable, "-m", "service", "segment", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where this process does not
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heeds_ctrl_c
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c
     )
 
 

@@ -204,12 +204,13 @@ def test_a_refused_picture_is_a_sentence(settings: Settings) -> None:
     assert "is answered 422: option scales must each be from 0.25 to 3" in result.stderr
 
 
-def test_a_json_file_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("none/b.json", "No such file"), ("", "Is a directory")])
+def test_a_json_file_that_cannot_be_written_is_a_sentence(tmp_path: Path, name: str, reason: str) -> None:
     with scripted(lambda number: (200, {}, b"")) as server:
-        target = tmp_path / "none" / "b.json"
+        target = tmp_path / name
         result = run("bench", server.url, "--concurrency", "1", "--duration", "0.1", "--json", target)
     assert result.exit_code == 1
-    assert "b.json: No such file" in result.stderr
+    assert f"{target.name}: {reason}" in result.stderr
     assert not server.requests, "it is told before the server is loaded"
 
 

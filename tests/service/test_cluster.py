@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -293,11 +293,11 @@ def test_a_drain_loses_nothing_and_removes_all(deployed: Deployed, picture: byte
 # ---- the command
 
 
-def test_a_cluster_of_this_machine_for_as_long_as_the_command_runs(changed_model: Callable[..., Path]) -> None:
-    """SIGHUP brings a new model file in; SIGTERM finishes what was accepted, refuses the rest, and leaves nothing."""
-    picture = encoded(np.zeros((700, 700, 3), np.uint8))
+@contextmanager
+def started(words: Sequence[str]) -> "Iterator[subprocess.Popen[str]]":
+    """A command in a session of its own, which it must leave empty when it has ended."""
     process = subprocess.Popen(
-        command("--model", changed_model(name="encnet-old"), "--port", 0, "--max-replicas", 1),
+        words,
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -306,6 +306,19 @@ def test_a_cluster_of_this_machine_for_as_long_as_the_command_runs(changed_model
         start_new_session=True,
     )
     try:
+        yield process
+        # Ray's last processes may still be ending, or wait for init to take note, when the command has.
+        until(lambda: process.pid not in map(session, Path("/proc").glob("[0-9]*")))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_cluster_of_this_machine_for_as_long_as_the_command_runs(changed_model: Callable[..., Path]) -> None:
+    """SIGHUP brings a new model file in; SIGTERM finishes what was accepted, refuses the rest, and leaves nothing."""
+    picture = encoded(np.zeros((700, 700, 3), np.uint8))
+    words = command("--model", changed_model(name="encnet-old"), "--port", 0, "--max-replicas", 1)
+    with started(words) as process:
         assert process.stdout
         banner = ""
         while "/docs" not in banner:
@@ -332,11 +345,6 @@ def test_a_cluster_of_this_machine_for_as_long_as_the_command_runs(changed_model
             assert [answer.result().status_code for answer in accepted] == [200] * 4
         assert process.wait(WAIT) == 0
         assert process.stdout.read() == "\n"
-        # Ray's last processes may still be ending, or wait for init to take note, when the command has.
-        until(lambda: process.pid not in map(session, Path("/proc").glob("[0-9]*")))
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def session(process: Path) -> int:
@@ -362,25 +370,12 @@ main()
 
 def test_sigterm_before_the_replicas_are_there_ends_the_command_and_its_cluster() -> None:
     """Ray would abort the process, and print a stack."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITS, "cluster", "--port", "0"],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
+    with started([sys.executable, "-c", WAITS, "cluster", "--port", "0"]) as process:
         assert process.stdout
         assert process.stdout.readline() == "connected\n"
         process.terminate()
         assert process.communicate(timeout=WAIT) == ("", None)
         assert process.returncode == 0
-        until(lambda: process.pid not in map(session, Path("/proc").glob("[0-9]*")))
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from live import heed_ctrl_c
 from tiny_model import encoded
 
 import service
@@ -289,9 +290,17 @@ def test_a_supervisor_gives_up_on_a_server_that_dies_at_once() -> None:
     assert done.stdout.count("born") == QUICK_DEATHS
 
 
-def heed_ctrl_c() -> None:
-    """In a process to be started: also where the suite runs in the background, which does not."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def started(*words: str) -> "subprocess.Popen[str]":
+    """A Python process that heeds Ctrl-C; its stdout and stderr are one."""
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "ENCNET_LOG_LEVEL": "error"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+    )
 
 
 LOADS_FOR_EVER = """
@@ -310,15 +319,7 @@ cli.main()
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_while_the_model_loads_is_no_crash(number: signal.Signals, model_file: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOADS_FOR_EVER, "serve", "--port", "0", "--model", str(model_file)],
-        cwd=ROOT,
-        env={**os.environ, "ENCNET_LOG_LEVEL": "error"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=heed_ctrl_c,
-    )
+    process = started("-c", LOADS_FOR_EVER, "serve", "--port", "0", "--model", str(model_file))
     assert process.stdout
     assert process.stdout.readline() == "loading\n"
     process.send_signal(number)
@@ -369,18 +370,11 @@ runpy.run_module("service", run_name="__main__")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_is_obeyed_before_the_imports_are_done(number: int, code: int) -> None:
     """A container's first process would otherwise not be ended by SIGTERM, and Ctrl-C print a traceback."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", IMPORTS_SLOWLY],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_ctrl_c,
-    )
+    process = started("-c", IMPORTS_SLOWLY)
     assert process.stdout
     assert process.stdout.readline() == "importing\n"
     process.send_signal(number)
-    assert process.communicate(timeout=WAIT) == ("", "")
+    assert process.communicate(timeout=WAIT) == ("", None)
     assert process.returncode == code
 
 
