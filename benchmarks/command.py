@@ -45,7 +45,7 @@ def result_file(text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path.parent)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: nothing can be written there: {error.strerror or error}") from None
+        raise argparse.ArgumentTypeError(f"{path}: its folder cannot be used: {error.strerror or error}") from None
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: it is a folder; name a file")
     return path
