@@ -155,6 +155,7 @@ def session(threads: int, with_kernel: bool, with_tail: bool = False) -> onnxrun
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else one's threads slow the other's turn
     if with_kernel and not service_kernels.register(options):
         raise SystemExit("ONNX Runtime's library is missing: make kernels")
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
