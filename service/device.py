@@ -118,7 +118,7 @@ class Device:
             if self.state != "ready":
                 raise self.refusal()
             self._waiting.append(job)
-            self._wake.notify_all()
+            self._wake.notify()
 
     def abandon(self, job: Job) -> None:
         """Nobody waits for this job any more: it will not run; a run of which nobody waits for any job is stopped."""
@@ -241,7 +241,8 @@ class Device:
                 return None
             self._count_share()
             self._runs.remove(run)
-            self._wake.notify_all()
+            if self._waiting:
+                self._wake.notify_all()
             return self._share - run.share_before
 
     def _count_share(self) -> None:

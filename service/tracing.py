@@ -6,6 +6,7 @@ OTLP over HTTP, switches it on; OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER and the o
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Mapping
 
@@ -57,10 +58,10 @@ def record_phases(phases: Mapping[str, float]) -> None:
 
     `total` is the span itself and no phase.
     """
-    try:
-        from opentelemetry import trace
-    except ImportError:
+    if not sys.modules.get("opentelemetry"):  # a failing import would be looked for anew with every request
         return
+    from opentelemetry import trace
+
     span = trace.get_current_span()
     if not span.is_recording():
         return
