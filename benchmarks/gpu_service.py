@@ -49,8 +49,11 @@ def seeded_network(config: ModelConfig) -> EncNet:
     return network.eval()
 
 
-def export(network: EncNet, folder: Path, *options: str) -> Path:
-    """The .onnx file of a network. Raises RuntimeError with what the export command printed."""
+def export(network: EncNet, folder: Path, base_size: int, *options: str) -> Path:
+    """The .onnx file of a network whose pictures have this long side at scale 1.
+
+    Raises RuntimeError with what the export command printed.
+    """
     classes = [f"class {index}" for index in range(network.config.num_classes)]
     palette = [[index % 256, index * 7 % 256, index * 13 % 256] for index in range(len(classes))]
     checkpoint = Checkpoint(
@@ -58,7 +61,7 @@ def export(network: EncNet, folder: Path, *options: str) -> Path:
         weights=network.state_dict(),
         classes=classes,
         palette=palette,
-        base_size=SIDE,
+        base_size=base_size,
         name="gpu-check",
     )
     save_checkpoint(folder / "seeded.pt", checkpoint)
@@ -123,9 +126,14 @@ def copies(file: Path, device: str, image: np.ndarray) -> dict[str, dict[str, in
 
 
 def service(
-    device: str, report: Report, config: ModelConfig = MODEL, shapes: int = SHAPES, clients: Sequence[int] = CLIENTS
+    device: str,
+    report: Report,
+    config: ModelConfig = MODEL,
+    side: int = SIDE,
+    shapes: int = SHAPES,
+    clients: Sequence[int] = CLIENTS,
 ) -> None:
-    """Every target of serving on a GPU; `config`, `shapes` and `clients` are made small for a rehearsal."""
+    """Every target of serving on a GPU; what stands behind `report` is made small for a rehearsal."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (export needs it)
@@ -137,19 +145,19 @@ def service(
     if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         report.not_run.append("service: this build of ONNX Runtime has no CUDAExecutionProvider")
         return
-    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     network = seeded_network(config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with report.check("the model is exported"):
-            half, exact = export(network, folder, "--fp16"), export(network, folder)
+            half, exact = export(network, folder, side, "--fp16"), export(network, folder, side)
         if report.checks["the model is exported"] is not None:
             return
         engine = Engine(half, "cuda" if device == "cuda" else "cpu")
         views = {"scales": AUTHORS_SCALES, "flip": True}
         with report.check(f"six scales and mirroring within {MOST_MS:g} ms"):
             ours = median_ms(lambda: engine.segment(image, **views), 20 if device == "cuda" else 1)  # type: ignore[arg-type]
-            report.rows.append({"what": "six scales, mirrored, 480x480", "ms": round(ours, 2)})
+            report.rows.append({"what": f"six scales, mirrored, {side}x{side}", "ms": round(ours, 2)})
             assert ours <= MOST_MS or device == "cpu", f"{ours:.1f} ms"
         with report.check(f"{LEAST_SPEEDUP:g} times the authors' window protocol"):
             network.to(device)
@@ -161,8 +169,8 @@ def service(
                     picture,
                     mean=(0.485, 0.456, 0.406),
                     std=(0.229, 0.224, 0.225),
-                    base_size=SIDE,
-                    crop=SIDE,
+                    base_size=side,
+                    crop=side,
                     scales=AUTHORS_SCALES,
                     flip=True,
                     merge="exp_sum",

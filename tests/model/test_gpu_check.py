@@ -118,7 +118,7 @@ def test_overhead_memory_and_onnx_runtime_run_on_the_cpu():
 def test_the_services_targets_are_measured_on_the_cpu_too():
     report = gpu_parts.Report()
     config = ModelConfig(num_classes=5, backbone="resnet18", output_stride=16, channels=32, codewords=4)
-    gpu_service.service("cpu", report, config, shapes=2, clients=(1,))
+    gpu_service.service("cpu", report, config, side=96, shapes=2, clients=(1,))
     assert not failed(report)
     assert not report.not_run
     measured = {row["what"]: row for row in report.rows}
