@@ -23,6 +23,7 @@ from benchmarks.command import add_output, commit, hardware, option_parser, writ
 from benchmarks.memory import extra_kilobytes
 from export import encoding_op
 from model import kernels
+from model.arguments import at_least_one
 from model.encoding import backend, encode, encode_backward, encode_backward_reference, encode_reference
 from service import kernels as service_kernels
 
@@ -210,14 +211,14 @@ def main() -> None:
     parser = option_parser("encoding", __doc__)
     parser.add_argument(
         "--rounds",
-        type=int,
+        type=at_least_one,
         default=30,
         metavar="N",
         help="timings of each, five at most of the broadcast form (default: %(default)s)",
     )
     parser.add_argument(
         "--positions",
-        type=int,
+        type=at_least_one,
         nargs="+",
         default=[2700, 3600, 8100, 16384],
         metavar="N",
