@@ -162,7 +162,12 @@ def test_requests_with_different_options_are_joined_and_answered_like_the_servic
             tensors = inputs(grpc, image, *view)
             client.async_infer(NAME, tensors, lambda result, error, index=index: done.put((index, result, error)))
         answers = dict(entry[:2] for entry in _all(done, len(images)))
-        after = client.get_inference_statistics(NAME).model_stats[0]
+        until = time.monotonic() + 60
+        while (
+            after := client.get_inference_statistics(NAME).model_stats[0]
+        ).inference_count < before.inference_count + 7:
+            assert time.monotonic() < until, "Triton counts an answer only after it has sent it, but not so late"
+            time.sleep(0.05)
     assert after.inference_count - before.inference_count == 7
     assert after.execution_count - before.execution_count < 7, "Triton has joined some"
     for index, (image, view) in enumerate(zip(images, views, strict=True)):
