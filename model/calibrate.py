@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -16,6 +17,7 @@ from torch import Tensor
 from model.arguments import DeviceError, add_device, choose_device
 from model.calibration import FITS, METHODS, varying
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint, save_checkpoint
+from model.command import finish
 from model.data import SPLITS, DataError, SegmentationData, open_dataset
 from model.encnet import EncNet
 from model.evaluation import EvaluationError, check_classes
@@ -197,14 +199,10 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 after a sentence on standard error for a mistake in options, checkpoint or data."""
+    """The exit status; see `finish`."""
     arguments = parser().parse_args(argv)
-    try:
-        run(arguments, Console(), Console(stderr=True))
-    except (EvaluationError, DeviceError, CheckpointError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    work = partial(run, arguments, Console(), Console(stderr=True))
+    return finish(work, EvaluationError, DeviceError, CheckpointError, DataError)
 
 
 if __name__ == "__main__":

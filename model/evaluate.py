@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from model.checkpoint import (
     library_versions,
     load_checkpoint,
 )
+from model.command import finish
 from model.data import SPLITS, DataError, SegmentationData, leave_out, open_dataset
 from model.evaluation import (
     PRESENCE_THRESHOLD,
@@ -303,14 +305,10 @@ def run(arguments: argparse.Namespace, console: Console, notes: Console) -> None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 after a sentence on standard error for a mistake in options, checkpoint or data."""
+    """The exit status; see `finish`."""
     arguments = parser().parse_args(argv)
-    try:
-        run(arguments, Console(), Console(stderr=True))
-    except (EvaluationError, DeviceError, CheckpointError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    work = partial(run, arguments, Console(), Console(stderr=True))
+    return finish(work, EvaluationError, DeviceError, CheckpointError, DataError)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from rich.table import Table
 from model.arguments import DeviceError, add_device, choose_device
 from model.cifar import CLASSES, CifarEncNet, load_cifar
 from model.cifar_data import open_cifar
+from model.command import finish
 from model.data import DataError
 from model.train_cifar import predictions
 from model.weights import CheckpointError
@@ -29,17 +31,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 after a sentence on standard error for a mistake in options, checkpoint or data."""
-    options = parse(arguments)
-    console = Console(highlight=False)
-    try:
-        device = choose_device(options.device)
-        checkpoint = load_cifar(options.checkpoint)
-        _, test = open_cifar(options.data)
-    except (DeviceError, CheckpointError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Load, evaluate, print the table. Raises DeviceError, CheckpointError, DataError and OSError."""
+    device = choose_device(options.device)
+    checkpoint = load_cifar(options.checkpoint)
+    _, test = open_cifar(options.data)
     network = CifarEncNet(checkpoint.variant)
     network.load_state_dict(checkpoint.weights)
     right = predictions(network.to(device), test.images.to(device), "fp32").cpu() == test.labels
@@ -54,7 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
         f"{checkpoint.variant}, step {checkpoint.step}: test error {100 * wrong / len(right):.2f} % "
         f"({wrong} of {len(right)} pictures)"
     )
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status; see `finish`."""
+    work = partial(run, parse(arguments), Console(highlight=False))
+    return finish(work, DeviceError, CheckpointError, DataError)
 
 
 if __name__ == "__main__":

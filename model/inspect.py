@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.command import finish
 from model.encnet import EncHead, EncNet, raise_channels
 from model.encoding import assignments
 from model.figures import BAR, FAINT, INK, TRACK, colourise
@@ -277,14 +278,9 @@ def run(arguments: argparse.Namespace) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 after a sentence on standard error for a mistake in checkpoint, picture or output."""
+    """The exit status; see `finish`."""
     arguments = parser().parse_args(argv)
-    try:
-        print(f"written: {run(arguments)}")
-    except (InspectError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return finish(lambda: print(f"written: {run(arguments)}"), InspectError, CheckpointError)
 
 
 if __name__ == "__main__":

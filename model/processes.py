@@ -2,27 +2,37 @@
 
 import os
 import time
+from datetime import timedelta
+from pathlib import Path
 from uuid import uuid4
 
 import torch.distributed as dist
 
 MEETING_SECONDS = 600.0
-NO_ID = ("", "none")
+LONGEST_WAIT = timedelta(hours=1)  # of processes for the first one, which validates alone; NCCL's own is 10 minutes
+NO_NAME = "none"
 
 
 def group_id() -> str:
-    """What torchrun calls the group, the same after a restart and on every node; "" without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+    """What torchrun calls the group, the same after a restart and on every node; "" without torchrun.
+
+    A group of one node that was given no name has that of torchrun's folder of logs, which it makes at every start.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    logs = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # FOLDER/attempt_N/LOCAL_RANK/error.json
+    if name == NO_NAME and logs and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return Path(logs).parents[2].name
+    return name
 
 
 def restarted(last_group: str) -> bool:
     """Whether a run's last checkpoint, which names the group that wrote it, is of this group before a restart.
 
-    torchrun's count of restarts tells groups without an ID apart; it is that of a node, which stays 0 where a process
-    of another node failed.
+    Of several nodes without a name, one that was started again is told by torchrun's count of restarts, which is that
+    of a node.
     """
     counted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return last_group == group_id() and (counted or last_group not in NO_ID)
+    return last_group == group_id() and (counted or last_group != NO_NAME)
 
 
 def init_process_group(backend: str) -> None:
@@ -48,4 +58,6 @@ def init_process_group(backend: str) -> None:
                 if store.check([f"hello/{other}"]):
                     store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
             time.sleep(0.02)
-    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=size)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(name, store), rank=rank, world_size=size, timeout=LONGEST_WAIT
+    )

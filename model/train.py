@@ -19,6 +19,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ from model import sync_batchnorm
 from model.arguments import minutes
 from model.backbone_weights import BackboneWeights, read_backbone_weights
 from model.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from model.command import finish
 from model.curves import write_curves
 from model.data import SPLITS, DataError, open_dataset, problems, repeats
 from model.encnet import EncNet
@@ -49,6 +52,7 @@ from model.predict import normalise
 from model.processes import group_id, init_process_group, restarted
 from model.progress import training_progress
 from model.recipe import Recipe, RecipeError, continued, options_table, read_recipe
+from model.stopping import stop_signals
 from model.weights import are_finite
 from model.wording import first_line, listing
 
@@ -415,10 +419,11 @@ def record_validation(run: Run, epoch: int, writer: "SummaryWriter") -> None:
         save_checkpoint(run.out / "best.pt", run.checkpoint())
 
 
-def train(run: Run, until: float = math.inf) -> bool:
+def train(run: Run, until: float = math.inf, asked: Sequence[int] = ()) -> bool:
     """From where the run stands to its end, saving, logging and evaluating on the way; whether the end was reached.
 
     until: a time of `time.monotonic()` at which to save and stop, looked at every `log_every` steps.
+    asked: signals that were received; with one, the run saves and stops after its step.
     Raises RecipeError where the loss or a weight becomes NaN or infinite.
     """
     recipe, first = run.recipe, run.rank == 0
@@ -429,7 +434,7 @@ def train(run: Run, until: float = math.inf) -> bool:
     if first:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(run.out / "events"), purge_step=run.step)
+        writer = SummaryWriter(str(run.out / "events"), purge_step=run.step + 1)
     run.training_mode()
     with training_progress(run.console, recipe.epochs, "crops", first and run.console.is_terminal) as progress:
         bar = progress.add_task("", total=run.steps, completed=run.step, epoch=0, loss=math.nan, rate=0.0)
@@ -449,7 +454,8 @@ def train(run: Run, until: float = math.inf) -> bool:
                 run.check_finite(losses)
                 record_validation(run, epoch, writer)
                 since, since_step = time.monotonic(), run.step
-            stopping = run.step < run.steps and run.step % recipe.log_every == 0 and is_over(run, until)
+            over = bool(asked) or (run.step % recipe.log_every == 0 and is_over(run, until))
+            stopping = over and run.step < run.steps
             if run.step % recipe.save_every == 0 or run.step == run.steps or stopping:
                 run.check_finite(losses)
                 run.save()
@@ -459,7 +465,8 @@ def train(run: Run, until: float = math.inf) -> bool:
         writer.close()
     if run.step < run.steps:
         if first:
-            run.console.print(f"time is up at step {run.step} of {run.steps}; --resume goes on", highlight=False)
+            why = "stopped" if asked else "time is up"
+            run.console.print(f"{why} at step {run.step} of {run.steps}; --resume goes on", highlight=False)
         return False
     if first:
         save_checkpoint(run.out / "final.pt", run.checkpoint())
@@ -541,6 +548,8 @@ def stored_recipe(last: Path, checkpoint: Checkpoint, given: dict[str, Any]) -> 
 
 def check_start(options: argparse.Namespace, last: Path) -> None:
     """Raise RecipeError where --resume and what a run starts from exclude each other, or do not fit the folder."""
+    if options.out.exists() and not options.out.is_dir():
+        raise RecipeError(f"--out {options.out}: is a file, not a folder")
     if last.exists() and not options.resume:
         raise RecipeError(f"{options.out} already holds a run; add --resume, or choose another folder")
     if options.resume and not last.exists():
@@ -552,14 +561,13 @@ def check_start(options: argparse.Namespace, last: Path) -> None:
         raise RecipeError(f"{other} brings a backbone of its own, and --backbone-weights another; give one of them")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where --check-data found something wrong; 2 after a sentence on standard error for a mistake in options,
-    data or checkpoint.
+def work(options: argparse.Namespace) -> int:
+    """Check, set up, train, report; 1 where --check-data found something wrong, 128 + N after signal N, else 0.
+
+    Raises RecipeError, DataError, CheckpointError and OSError.
     """
     started = time.monotonic()
-    options = parse(arguments)
     console = Console(soft_wrap=True, markup=False, emoji=False)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
     run: Run | None = None
     try:
         given = read_recipe(options.config, options.options)
@@ -592,11 +600,14 @@ def main(arguments: list[str] | None = None) -> int:
         if backbone:
             run.take_backbone(backbone)
         del saved, initial, backbone
-        if train(run, started + 60 * options.minutes) and run.rank == 0:
+        with contextlib.ExitStack() as stack:
+            # Several processes are ended by torchrun, which does not wait until all of them have saved.
+            asked = stack.enter_context(stop_signals()) if run.processes == 1 else []
+            reached = train(run, started + 60 * options.minutes, asked)
+        if asked and not reached:
+            return 128 + asked[0]
+        if reached and run.rank == 0:
             report(run, options.data)
-    except (RecipeError, DataError, CheckpointError, OSError) as error:
-        errors.print(f"error: {error}")
-        return 2
     finally:
         if dist.is_available() and dist.is_initialized():
             # Before the group, what uses it: freed after it, a Reducer takes gloo's threads along and can wait forever.
@@ -604,6 +615,11 @@ def main(arguments: list[str] | None = None) -> int:
             gc.collect()
             dist.destroy_process_group()
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status; see `finish` and `work`."""
+    return finish(partial(work, parse(arguments)), RecipeError, DataError, CheckpointError)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,13 @@ from torch.nn import functional as F
 from model.arguments import DeviceError, add_device, choose_device
 from model.cifar import CifarCheckpoint, CifarEncNet, load_cifar, save_cifar
 from model.cifar_data import MEAN, STD, Pictures, crops, open_cifar
+from model.command import finish
 from model.data import DataError
 from model.pictures import StepSampler, send
 from model.predict import normalise
 from model.progress import training_progress
 from model.recipe import RecipeError, continued, option, options_table, read_recipe
+from model.stopping import stop_signals
 from model.weights import CheckpointError, are_finite
 
 BOOKKEEPING = {"log_every", "save_every", "evaluate_every"}
@@ -169,12 +173,15 @@ class CifarRun:
         return wrong.double().mean().item()
 
 
-def train(run: CifarRun, out: Path, console: Console) -> None:
-    """From where the run stands to its end, saving, logging and evaluating on the way."""
+def train(run: CifarRun, out: Path, console: Console, asked: Sequence[int] = ()) -> bool:
+    """From where the run stands to its end, saving, logging and evaluating on the way; whether the end was reached.
+
+    asked: signals that were received; with one, the run saves and stops after its step.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     recipe = run.recipe
-    writer = SummaryWriter(str(out / "events"), purge_step=run.step)
+    writer = SummaryWriter(str(out / "events"), purge_step=run.step + 1)
     sampler = StepSampler(len(run.train.labels), recipe.batch, recipe.epochs, recipe.seed, run.step)
     run.network.train()
     with training_progress(console, recipe.epochs, "pictures", console.is_terminal) as progress:
@@ -202,12 +209,18 @@ def train(run: CifarRun, out: Path, console: Console) -> None:
                 console.print(f"epoch {epoch}: test error {100 * error:.2f} %", highlight=False)
                 writer.add_scalar("test_error", error, run.step)
                 since, since_step = time.monotonic(), run.step
-            if run.step % recipe.save_every == 0 or run.step == run.steps:
+            if run.step % recipe.save_every == 0 or run.step == run.steps or asked:
                 run.check_finite(loss)
                 run.save(out / "last.pt")
-    save_cifar(out / "final.pt", run.checkpoint())
+            if asked and run.step < run.steps:
+                break
     writer.close()
+    if run.step < run.steps:
+        console.print(f"stopped at step {run.step} of {run.steps}; --resume goes on", highlight=False)
+        return False
+    save_cifar(out / "final.pt", run.checkpoint())
     console.print(f"wrote {out / 'final.pt'}", highlight=False)
+    return True
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -229,39 +242,43 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def work(options: argparse.Namespace, console: Console) -> int:
+    """Set up and train; 128 + N after signal N, else 0.
+
+    Raises RecipeError, DataError, CheckpointError, DeviceError and OSError.
+    """
+    given = read_recipe(options.config, options.options, CifarRecipe)
+    last = options.out / "last.pt"
+    if last.exists() and not options.resume:
+        raise RecipeError(f"{options.out} already holds a run; add --resume, or choose another folder")
+    if options.resume and not last.exists():
+        raise RecipeError(f"{last}: nothing to resume from")
+    saved = load_cifar(last) if options.resume else None
+    recipe = CifarRecipe(**given)
+    if saved:
+        if saved.training is None:
+            raise CheckpointError(f"{last}: holds weights only, nothing to resume from")
+        recipe = continued(CifarRecipe, saved.training["recipe"], given, BOOKKEEPING)
+    device = choose_device(options.device)
+    data = open_cifar(options.data)
+    run = CifarRun(recipe, data, device)
+    console.print(
+        f"train: {len(run.train.labels)} pictures, test: {len(run.test.labels)}; {recipe.variant}: "
+        f"{sum(p.numel() for p in run.network.parameters()) / 1e6:.3f} M parameters on {device}",
+        highlight=False,
+    )
+    if saved:
+        run.restore(saved)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with stop_signals() as asked:
+        reached = train(run, options.out, console, asked)
+    return 0 if reached else 128 + asked[0]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 after a sentence on standard error for a mistake in options, checkpoint or data."""
-    options = parse(arguments)
-    console = Console(soft_wrap=True, markup=False, emoji=False)
-    try:
-        given = read_recipe(options.config, options.options, CifarRecipe)
-        last = options.out / "last.pt"
-        if last.exists() and not options.resume:
-            raise RecipeError(f"{options.out} already holds a run; add --resume, or choose another folder")
-        if options.resume and not last.exists():
-            raise RecipeError(f"{last}: nothing to resume from")
-        saved = load_cifar(last) if options.resume else None
-        recipe = CifarRecipe(**given)
-        if saved:
-            if saved.training is None:
-                raise CheckpointError(f"{last}: holds weights only, nothing to resume from")
-            recipe = continued(CifarRecipe, saved.training["recipe"], given, BOOKKEEPING)
-        device = choose_device(options.device)
-        data = open_cifar(options.data)
-        run = CifarRun(recipe, data, device)
-        console.print(
-            f"train: {len(run.train.labels)} pictures, test: {len(run.test.labels)}; {recipe.variant}: "
-            f"{sum(p.numel() for p in run.network.parameters()) / 1e6:.3f} M parameters on {device}",
-            highlight=False,
-        )
-        if saved:
-            run.restore(saved)
-        options.out.mkdir(parents=True, exist_ok=True)
-        train(run, options.out, console)
-    except (RecipeError, DataError, CheckpointError, DeviceError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The exit status; see `finish` and `work`."""
+    run = partial(work, parse(arguments), Console(soft_wrap=True, markup=False, emoji=False))
+    return finish(run, RecipeError, DataError, CheckpointError, DeviceError)
 
 
 if __name__ == "__main__":

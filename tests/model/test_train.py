@@ -420,6 +420,17 @@ def test_a_broken_list_of_the_test_split_is_told_and_an_absent_one_is_not(tmp_pa
     assert train.main(["--data", str(root), "--check-data"]) == 0
 
 
+def test_a_restart_of_a_nameless_group_goes_on_with_what_its_own_launch_wrote_only(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/logs/none_b/attempt_1/0/error.json")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    assert restarted("none_b")
+    assert not restarted("none_a"), "an older run, which the first attempt has refused to overwrite"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert restarted("none"), "every node has a folder of its own"
+
+
 def test_a_restart_goes_on_with_its_own_run_only(monkeypatch):
     for group, count, last_group, goes_on in (
         ("a", "0", "a", True),  # a process of another node was restarted
