@@ -3,10 +3,11 @@
 import dataclasses
 import hashlib
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy
@@ -23,11 +24,13 @@ __all__ = [
     "leave_out",
     "open_dataset",
     "problems",
+    "read",
     "read_classes",
     "repeats",
 ]
 
 SPLITS = ("train", "val", "test")
+READERS, AHEAD = min(8, os.cpu_count() or 1), 16  # threads that decode, and pictures that wait for their turn
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,20 @@ def leave_out(data: SegmentationData, ids: Sequence[str]) -> SegmentationData:
     return dataclasses.replace(
         data, ids=[data.ids[index] for index in kept], pairs=[data.pairs[index] for index in kept]
     )
+
+
+def read(data: SegmentationData, pictures: int) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
+    """The first pictures with their labels, in order, a few of them decoded ahead by several threads.
+
+    Raises DataError as `load` does.
+    """
+    indexes = iter(range(pictures))
+    with ThreadPoolExecutor(READERS) as threads:
+        waiting = deque(threads.submit(data.load, index) for index in islice(indexes, AHEAD))
+        while waiting:
+            sample = waiting.popleft().result()
+            waiting.extend(threads.submit(data.load, index) for index in islice(indexes, 1))
+            yield sample
 
 
 def problems(data: SegmentationData) -> Iterator[str | None]:

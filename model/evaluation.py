@@ -10,7 +10,7 @@ import numpy
 import torch
 
 from model.checkpoint import Checkpoint
-from model.data import SegmentationData
+from model.data import SegmentationData, read
 from model.encnet import EncNet
 from model.figures import Sample
 from model.losses import presence_targets
@@ -123,11 +123,10 @@ def _batches(
 ) -> Iterator[list[tuple[int, numpy.ndarray, numpy.ndarray]]]:
     """Index, picture and labels of pictures of one size, at most `batch` at a time.
 
-    At most WAITING_BATCHES * batch pictures are held back; the largest group goes first.
+    At most WAITING_BATCHES * batch pictures are held back, beside what `read` has ahead; the largest group goes first.
     """
     waiting: dict[tuple[int, ...], list[tuple[int, numpy.ndarray, numpy.ndarray]]] = {}
-    for index in range(pictures):
-        image, truth = data.load(index)
+    for index, (image, truth) in enumerate(read(data, pictures)):
         same = waiting.setdefault(truth.shape, [])
         same.append((index, image, truth))
         if len(same) == batch:

@@ -1,10 +1,13 @@
 """Where a split's decoded pictures stay while they are trained on, the order they come in, and batches of crops."""
 
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy
@@ -14,18 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.augment import Augmentation, Draw, Draws, bytes_of, crops, draw_for, pack, stack
-from model.data import SegmentationData
+from model.data import SegmentationData, read
+from model.layouts.split import read_image
 
 DEVICE_SHARE, HOST_SHARE = 1 / 4, 1 / 3  # of the memory that decoded pictures may take where cache=auto decides
 SAMPLED_PICTURES = 16
+CONTAINER_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 Key = tuple[int, int]  # epoch and index
-
-
-def read_all(data: SegmentationData) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
-    """Every picture with its labels, decoded by several threads. Raises DataError as `load` does."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        return list(threads.map(data.load, range(len(data))))
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class InMemory(SegmentationData):
 
 def in_memory(data: SegmentationData) -> InMemory:
     """The split with every picture read. Raises DataError as `load` does."""
-    return InMemory(**vars(data), samples=read_all(data))
+    return InMemory(**vars(data), samples=list(read(data, len(data))))
 
 
 def decoded_bytes(data: SegmentationData) -> int:
@@ -50,13 +49,35 @@ def decoded_bytes(data: SegmentationData) -> int:
 
 
 def choose_cache(data: SegmentationData, device: torch.device) -> str:
-    """What cache=auto means here: the first of device, host and off that has room."""
+    """What cache=auto means here: the first of device, host and off that has room; the host reads for both."""
     wanted = decoded_bytes(data)
-    if device.type == "cuda" and wanted <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return "device"
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return "host" if wanted <= HOST_SHARE * memory / processes else "off"
+    if wanted > HOST_SHARE * host_memory() / processes:
+        return "off"
+    return "device" if device.type == "cuda" and wanted <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] else "host"
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has, or this container may use."""
+    amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # there is none, or it says "max"
+            amounts.append(int(limit.read_text()))
+    return min(amounts)
+
+
+def read_packed(data: SegmentationData, device: torch.device) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Every picture packed, end to end on the device, and their sizes. Raises DataError as `load` does.
+
+    There is one copy of the whole, and of pictures only those that are being read.
+    """
+    pixels = sum(prod(read_image(picture, "picture", pixels=False).size) for picture, _ in data.pairs)
+    packed, sizes, start = torch.empty(pixels, dtype=torch.int32, device=device), [], 0
+    for image, mask in read(data, len(data)):
+        packed[start : start + mask.size] = pack(image, mask)
+        sizes.append(mask.shape)
+        start += mask.size
+    return packed, sizes
 
 
 class Sample(NamedTuple):
@@ -149,11 +170,9 @@ class TrainingCrops(Dataset):
         self.cache = choose_cache(data, self.device) if cache == "auto" else cache
         self.packed: Tensor | None = None
         if self.cache != "off":
-            samples = read_all(data)
-            self.sizes = [mask.shape for _, mask in samples]
-            self.places = places_of(self.sizes)
             where = self.device if self.cache == "device" else torch.device("cpu")
-            self.packed = torch.cat([pack(*sample).to(where) for sample in samples])
+            self.packed, self.sizes = read_packed(data, where)
+            self.places = places_of(self.sizes)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -202,8 +221,14 @@ class TrainingCrops(Dataset):
             prefetch_factor=4 if workers else None,
             pin_memory=self.device.type == "cuda",
             collate_fn=collate,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # its own: the global one decides dropout and must not depend on restarts
         )
+
+
+def leave_signals(_: int) -> None:
+    """In a worker: Ctrl-C is for the process that trains, which goes on until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

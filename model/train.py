@@ -126,9 +126,12 @@ def validate(run: "Run") -> Evaluation:
     chosen = evaluation_options(run.recipe, run.processes)
     options = Options(split="val", base_size=run.recipe.base_size, **chosen)
     run.average.eval()
+    searching = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # a search of each convolution's algorithms for every size of picture
     try:
         return evaluate(run.checkpoint(), run.average, run.validation, options, run.device)
     finally:
+        torch.backends.cudnn.benchmark = searching
         run.training_mode()
 
 

@@ -57,13 +57,17 @@ def read_text(path: Path) -> str:
         raise BrokenList(f"{path}: not readable as UTF-8 text: {error}") from error
 
 
-def read_image(path: Path, kind: str) -> Image.Image:
-    """The decoded file. Raises DataError where there is none, or it is damaged or of no known format."""
+def read_image(path: Path, kind: str, pixels: bool = True) -> Image.Image:
+    """The decoded file, or what its header says of it: without `pixels`.
+
+    Raises DataError where there is none, or it is damaged or of no known format.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such {kind}")
     try:
         with Image.open(path) as image:
-            image.load()
+            if pixels:
+                image.load()
             return image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable {kind}: {error}") from error

@@ -1,6 +1,9 @@
 """Batches of crops: the same wherever the decoded pictures stay, from wherever a run goes on, however it is shared."""
 
+import dataclasses
 import json
+import threading
+import weakref
 
 import numpy
 import pytest
@@ -9,7 +12,7 @@ from PIL import Image
 
 from model import pictures
 from model.augment import Augmentation
-from model.data import open_dataset
+from model.data import AHEAD, SegmentationData, open_dataset, read
 from model.pictures import StepSampler, TrainingCrops, choose_cache, decoded_bytes, in_memory
 
 SIZES = [(40, 60), (61, 37), (40, 60), (50, 50), (40, 60)]
@@ -73,12 +76,50 @@ def test_labels_are_counted(data, cache):
     assert counts[3] == 0
 
 
-def test_the_cache_is_on_the_host_where_there_is_room_and_off_where_not(data, monkeypatch):
+def test_the_cache_is_on_the_host_where_there_is_room_and_off_where_not(data, monkeypatch, tmp_path):
     cpu = torch.device("cpu")
     assert decoded_bytes(data) == 4 * sum(height * width for height, width in SIZES)
     assert choose_cache(data, cpu) == "host"
     monkeypatch.setattr(pictures, "decoded_bytes", lambda data: 1 << 60)
     assert choose_cache(data, cpu) == "off"
+    monkeypatch.undo()
+    (tmp_path / "memory.max").write_text("30000\n")
+    (tmp_path / "unlimited").write_text("max\n")
+    limits = tmp_path / "absent", tmp_path / "unlimited", tmp_path / "memory.max"
+    monkeypatch.setattr(pictures, "CONTAINER_LIMITS", limits)
+    assert choose_cache(data, cpu) == "off", "a container's limit counts, not what its host has"
+
+
+def test_reading_a_split_holds_it_once(data, monkeypatch):
+    loaded, alive = SegmentationData.load, []
+
+    def load(self, index):
+        image, mask = loaded(self, index)
+        image = image.view(Watched)
+        alive.append(weakref.ref(image))
+        most.append(sum(reference() is not None for reference in alive))
+        return image, mask
+
+    class Watched(numpy.ndarray):
+        pass
+
+    most = []
+    many = dataclasses.replace(data, ids=data.ids * 20, pairs=data.pairs * 20)
+    monkeypatch.setattr(SegmentationData, "load", load)
+    assert len(TrainingCrops(many, OPTIONS, 7, (1, 2, 3)).packed) == 20 * sum(h * w for h, w in SIZES)
+    assert len(most) > 100 and max(most) <= AHEAD + 2
+
+
+def test_pictures_are_read_ahead_by_other_threads_and_come_in_order(data, monkeypatch):
+    both, loaded = threading.Barrier(2, timeout=60), SegmentationData.load
+
+    def load(self, index):
+        both.wait()
+        return loaded(self, index)
+
+    monkeypatch.setattr(SegmentationData, "load", load)
+    monkeypatch.setattr("model.data.READERS", 2)
+    assert [mask.shape for _, mask in read(data, 4)] == SIZES[:4]
 
 
 def test_a_split_in_memory_reads_no_file(data, monkeypatch):
