@@ -70,7 +70,9 @@ class Cost(BaseModel):
     """What the request was charged, known before it was run."""
 
     pixels: int = Field(description="Pixels x views, in the network and at the picture's own size.")
-    predicted_ms: float = Field(description="The run's predicted time, from the runs before it.")
+    predicted_ms: float = Field(
+        description="Predicted time of the run and of writing the answer, from those before it."
+    )
 
 
 class Prediction(Cost):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 FORGETTING = 0.98  # weight of what was seen one run earlier, so that the prediction follows the machine
 _SIZE_TOLERANCE = 0.001  # pixels, the graph's: 480 * 1.1 is 528, whatever a float makes of it
 _PRIOR = 1e-3  # weight of the rates so far, in runs
+_FEW_PIXELS = 1e6  # fewer tell little about a large mask: they take as long as many, nearly
 _FIRST_GUESS = (1.0, 0.1)  # microseconds for a pixel of the network, and for a merged one
 
 
@@ -60,6 +61,26 @@ def _view_pixels(long: int, short: int, target: float) -> int:
     """Pixels of a view whose long side is to be `target`, by the rule of the graph (its metadata has it in words)."""
     view_long = max(1, math.ceil(target - _SIZE_TOLERANCE))
     return view_long * max(1, (2 * short * view_long + long) // (2 * long))
+
+
+class EncodeTimes:
+    """Seconds that writing an answer takes, by its format: for each pixel of the mask, as much as those so far took.
+
+    Not thread-safe: one thread observes and predicts.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[float, float]] = {}  # seconds and pixels, those of long ago weighing less
+
+    def predict(self, format_: str | None, pixels: int) -> float:
+        """Seconds for a mask of so many pixels; 0 for a format that has not been seen."""
+        seconds, seen = self._seen.get(format_ or "", (0.0, 0.0))
+        return pixels * seconds / (seen + _FEW_PIXELS)
+
+    def observe(self, format_: str, pixels: int, seconds: float) -> None:
+        """Learn from an answer that was written."""
+        before = self._seen.get(format_, (0.0, 0.0))
+        self._seen[format_] = FORGETTING * before[0] + seconds, FORGETTING * before[1] + pixels
 
 
 class CostModel:

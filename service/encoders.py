@@ -3,7 +3,7 @@
 import io
 import secrets
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -48,11 +48,18 @@ def rle(mask: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
     return entries
 
 
-def npz(mask: np.ndarray, probabilities: np.ndarray, presence: np.ndarray, classes: Sequence[str]) -> bytes:
+def npz(
+    mask: np.ndarray,
+    probabilities: np.ndarray,
+    presence: np.ndarray,
+    classes: Sequence[str],
+    abandoned: Callable[[], bool] = lambda: False,
+) -> bytes:
     """A zip of .npy arrays that `numpy.load(file, allow_pickle=False)` reads.
 
     `mask` (H, W) as it is; `probabilities` (C, H, W) as float16, for it halves the largest part of the answer and is
     exact to 0.00025 (the label map is the argmax of the unrounded ones); `presence` float32 (C,); `classes` (C,) text.
+    Once `abandoned`, what is returned is no whole file.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=_ZIP_LEVEL) as archive:
@@ -64,7 +71,7 @@ def npz(mask: np.ndarray, probabilities: np.ndarray, presence: np.ndarray, class
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
         with archive.open("probabilities.npy", "w", force_zip64=True) as file:
-            _write_float16(file, probabilities)
+            _write_float16(file, probabilities, abandoned)
     return buffer.getvalue()
 
 
@@ -90,9 +97,11 @@ def multipart(answer: bytes, png: bytes) -> tuple[bytes, str]:
     return body, f"multipart/mixed; boundary={boundary}"
 
 
-def _write_float16(file: IO[bytes], array: np.ndarray) -> None:
+def _write_float16(file: IO[bytes], array: np.ndarray, abandoned: Callable[[], bool]) -> None:
     """Write an array (C, H, W) as .npy of float16, a plane at a time so that no second copy of it is needed."""
     header = {"descr": "<f2", "fortran_order": False, "shape": array.shape}
     np.lib.format.write_array_header_1_0(file, header)
     for plane in array:
+        if abandoned():
+            return
         file.write(plane.astype("<f2").tobytes())

@@ -103,8 +103,8 @@ class _State(Collector):
             ready.add_metric([served.name], float(served.state == "ready" and not self._models.draining))
             if served.pipeline is None:
                 continue
-            pixels.add_metric([served.name], served.pipeline.admitted_cost)
-            requests.add_metric([served.name], served.pipeline.admitted_requests)
+            pixels.add_metric([served.name], served.pipeline.admitted.cost)
+            requests.add_metric([served.name], served.pipeline.admitted.requests)
             engine = served.pipeline.device.engine
             if engine is not None:
                 on_gpu = on_gpu or engine.device == "cuda"

@@ -12,7 +12,7 @@ from typing import Literal
 from service import cores
 from service.engine import Engine, ModelError
 from service.errors import InputError, Refusal, first_line
-from service.pipeline import Pipeline
+from service.pipeline import Admitted, Pipeline
 from service.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ class Models:
     """Every model the service was started with. A request never names a file, only one of these.
 
     The first is the one that is meant where a request names none. For all models together, `workers` are the threads
-    that decode and encode, and `readers` those that read headers: a refusal must not wait behind work let in earlier.
+    that decode, `encoders` those that write answers, as one may take many seconds, and `readers` those that read
+    headers: a refusal must not wait behind work let in earlier. `house` counts what is let in.
     """
 
     def __init__(self, settings: Settings, open_engine: "Callable[[Path, Settings], Engine] | None" = None) -> None:
@@ -47,6 +48,8 @@ class Models:
         self.on_load: Callable[[str, Pipeline], None] = lambda name, pipeline: None
         self._draining = False
         self.workers = ThreadPoolExecutor(cores.available(), thread_name_prefix="codec")
+        self.encoders = ThreadPoolExecutor(cores.available(), thread_name_prefix="encoder")
+        self.house = Admitted()
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="reader")
         paths = {settings.model.stem: settings.model, **settings.models}
         self._served = {name: Served(name, path) for name, path in paths.items()}
@@ -138,15 +141,15 @@ class Models:
     @property
     def in_flight(self) -> int:
         """Admitted requests that have no answer yet."""
-        return sum(served.pipeline.admitted_requests for served in self.all if served.pipeline)
+        return self.house.requests
 
     def close(self) -> None:
         """Stop every model."""
         for served in self.all:
             if served.pipeline:
                 served.pipeline.close()
-        self.workers.shutdown(wait=False, cancel_futures=True)
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.workers, self.encoders, self.readers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, served: Served) -> Pipeline:
         settings = self.settings
@@ -159,12 +162,12 @@ class Models:
                 raise ModelError(f"{served.path} loads but does not run: {first_line(error)}") from error
             return engine
 
-        return Pipeline(load, settings, self.workers, self.readers)
+        return Pipeline(load, settings, self.workers, self.readers, self.encoders, self.house)
 
     async def _retire(self, pipeline: Pipeline | None) -> None:
         if pipeline is None:
             return
-        while pipeline.admitted_requests or pipeline.holders:
+        while pipeline.admitted.requests or pipeline.holders:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(pipeline.close)
 

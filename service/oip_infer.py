@@ -75,7 +75,7 @@ async def answer_infer(
         head["id"] = infer_request.id
     encoding = accepted_encoding(", ".join(request.headers.getlist("accept-encoding")))
     write = partial(_write, head, outputs, results, encoding)
-    (answer, header_length), waited, write_ms = await in_pool(models.workers, write, deadline)
+    (answer, header_length), waited, write_ms = await in_pool(models.encoders, write, deadline)
     milliseconds = {
         "decode": read_ms + sum(result.timings["decode"] for result in results),
         "queue": waited + sum(result.timings["queue"] for result in results),

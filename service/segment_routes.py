@@ -103,11 +103,14 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         with models.hold(options.model) as pipeline:
             if options.dry_run:
                 return _prediction(pipeline, await pipeline.price(picture, options, deadline))
-            async with departure(request) as departed:
-                result = await pipeline.segment(picture, options, deadline=deadline, departed=departed)
-        encode = partial(_encoded, request, format_=format_, media_type=media_type)
-        encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
-        (labelled, encoded), waited, encode_ms = await in_pool(models.workers, encoding, deadline)
+            async with (
+                departure(request) as departed,
+                pipeline.segmented(picture, options, deadline=deadline, departed=departed) as result,
+            ):
+                encode = partial(_encoded, request, format_=format_, media_type=media_type)
+                encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
+                answer = await pipeline.encode(result, format_, encoding, deadline, departed)
+        (labelled, encoded), waited, encode_ms = answer
         timings = _timings(result, waited, encode_ms, started, metrics)
         headers = cost_headers(result.work.cost, result.predicted_ms, timings.model_dump()) | {"Vary": "Accept"}
         if isinstance(encoded, bytes):
@@ -144,14 +147,19 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         siblings = Siblings()
 
         async def one(pipeline: Pipeline, upload: Upload, departed: "asyncio.Task[None]") -> ItemAnswer:
+            async def answered() -> tuple[Result, tuple[tuple[Labelled, PngMask | RleMask], float, float]]:
+                segmented = pipeline.segmented(upload.picture, options, deadline=deadline, departed=departed)
+                async with segmented as result:
+                    encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
+                    return result, await pipeline.encode(result, format_, encoding, deadline, departed)
+
+            def encode(labelled: Labelled, abandoned: Callable[[], bool]) -> PngMask | RleMask:
+                return _mask_part(labelled, format_)
+
             async with siblings.turns:
                 started = time.perf_counter()
                 try:
-                    segment = partial(pipeline.segment, upload.picture, options, deadline=deadline, departed=departed)
-                    result = await siblings.segment(segment)
-                    encode = partial(_mask_part, format_=format_)
-                    encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
-                    (labelled, mask), waited, encode_ms = await in_pool(models.workers, encoding, deadline)
+                    result, ((labelled, mask), waited, encode_ms) = await siblings.segment(answered)
                 except ServiceError as error:
                     metrics.batch_faults.labels(error.code).inc()
                     fault = Fault(code=error.code, message=error.message, request_id=request.state.request_id)
@@ -190,11 +198,15 @@ def _labelled(pipeline: Pipeline, result: Result, options: Options) -> Labelled:
 
 
 def _labelled_and_encoded(
-    pipeline: Pipeline, result: Result, options: Options, encode: Callable[[Labelled], T]
+    pipeline: Pipeline,
+    result: Result,
+    options: Options,
+    encode: Callable[[Labelled, Callable[[], bool]], T],
+    abandoned: Callable[[], bool],
 ) -> tuple[Labelled, T]:
     """What takes time after the model has run; for the pool, not for the event loop."""
     labelled = _labelled(pipeline, result, options)
-    return labelled, encode(labelled)
+    return labelled, encode(labelled, abandoned)
 
 
 def _mask_part(labelled: Labelled, format_: FormatName) -> PngMask | RleMask:
@@ -206,7 +218,7 @@ def _mask_part(labelled: Labelled, format_: FormatName) -> PngMask | RleMask:
 
 
 def _encoded(
-    request: Request, labelled: Labelled, format_: FormatName, media_type: str
+    request: Request, labelled: Labelled, abandoned: Callable[[], bool], format_: FormatName, media_type: str
 ) -> bytes | PngMask | RleMask | tuple[AttachedMask, bytes]:
     """The whole body for the formats that are files; for those in JSON the part that takes the time, and what is
     attached to it.
@@ -219,7 +231,7 @@ def _encoded(
         return overlay_picture(labelled.result.picture.pixels, labelled.mask, metadata.palette, file_format=kind)
     if format_ == "npz":
         assert segmentation.probabilities is not None
-        return npz(labelled.mask, segmentation.probabilities, segmentation.presence, metadata.classes)
+        return npz(labelled.mask, segmentation.probabilities, segmentation.presence, metadata.classes, abandoned)
     if format_ == "multipart":
         height, width = labelled.mask.shape
         return AttachedMask(width=width, height=height), labelled.png()
@@ -278,9 +290,9 @@ def _batch_headers(answers: list[SegmentAnswer], total_ms: float) -> dict[str, s
 def _prediction(pipeline: Pipeline, estimate: Estimate) -> Response:
     answer = Prediction(
         pixels=estimate.work.cost,
-        predicted_ms=estimate.run_s * 1000,
+        predicted_ms=estimate.predicted_ms,
         wait_ms=estimate.wait_s * 1000,
-        queue_pixels=pipeline.admitted_cost,
+        queue_pixels=pipeline.house.cost,
         queue_limit_pixels=pipeline.settings.max_queue_pixels,
     )
     headers = cost_headers(answer.pixels, answer.predicted_ms)

@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from fastapi import Request
 
 from service.errors import Refusal
-from service.pipeline import Result
+
+T = TypeVar("T")
 
 SIDE_BY_SIDE = 4  # pictures of one request that are under way at a time, so that it does not fill the queue
 
@@ -35,7 +37,7 @@ class Siblings:
         self._running = 0
         self._one_is_done = asyncio.Event()
 
-    async def segment(self, run: Callable[[], Awaitable[Result]]) -> Result:
+    async def segment(self, run: Callable[[], Awaitable[T]]) -> T:
         """Segment one of them; where it is refused as overloaded, again once another that is being run is done.
 
         Waiting ends by the deadline, as the others have the same. Raises what `run` raises.

@@ -26,7 +26,7 @@ from service.engine import Engine
 from service.errors import Departed, InputError, Refusal
 from service.models import Models
 from service.options import Options
-from service.pipeline import Pipeline
+from service.pipeline import Admitted, Pipeline
 from service.settings import Settings
 
 WAIT = 60
@@ -68,7 +68,12 @@ def pipeline(settings: Settings, gate: threading.Event) -> Iterator[Callable[...
 
     def make(**changes: Any) -> Pipeline:
         made.append(
-            Pipeline(lambda: Gated(settings.model, gate), settings.model_copy(update=changes), workers, workers)
+            Pipeline(
+                lambda: Gated(settings.model, gate),
+                settings.model_copy(update=changes),
+                *[workers] * 3,
+                made[0].house if made else Admitted(),
+            )
         )
         made[-1].device.wait_until_started()
         return made[-1]
@@ -86,9 +91,9 @@ def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 async def started(pipeline: Pipeline, source: Any = GREY, **options: Any) -> "asyncio.Task[Any]":
     """A segmentation under way: admitted, and its picture handed to the device."""
-    before = pipeline.admitted_requests
+    before = pipeline.admitted.requests
     task = asyncio.create_task(pipeline.segment(source, Options.model_construct(**options)))
-    while pipeline.admitted_requests == before and not task.done():
+    while pipeline.admitted.requests == before and not task.done():
         await asyncio.sleep(0.005)
     return task
 
@@ -185,7 +190,7 @@ def test_a_full_queue_refuses_with_the_time_until_there_is_room(pipeline: Callab
         gate.set()
         await asyncio.gather(first, second)
         await served.segment(GREY, Options())
-        assert served.admitted_requests == served.admitted_cost == 0
+        assert served.admitted.requests == served.admitted.cost == 0
 
     served_cost = pipeline().estimate(30, 20, pipeline().engine.plan()).work.cost
     run(main)
@@ -295,11 +300,92 @@ def test_the_deadline_ends_a_request_that_runs_and_its_cost_counts_until_the_run
         refused = await refusal_of(served.segment(GREY, Options.model_construct(timeout_ms=200)))
         assert (refused.code, refused.status) == ("deadline_passed", 504)
         assert served.engine.runs == 1  # type: ignore[attr-defined]
-        assert served.admitted_requests == 1
+        assert served.admitted.requests == 1
         gate.set()
-        while served.admitted_requests:
+        while served.admitted.requests:
             await asyncio.sleep(0.005)
-        assert served.admitted_cost == 0
+        assert served.admitted.cost == 0
+
+    run(main)
+
+
+def test_a_request_counts_until_its_answer_is_written(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        served, writing, go_on = pipeline(max_queue_pixels=1), threading.Event(), threading.Event()
+
+        def write(abandoned: Callable[[], bool]) -> str:
+            writing.set()
+            assert go_on.wait(WAIT)
+            return "written"
+
+        async def answered() -> Any:
+            deadline = time.monotonic() + WAIT
+            async with served.segmented(GREY, Options(), deadline=deadline) as result:
+                return await served.encode(result, "npz", write, deadline)
+
+        gate.set()
+        first = asyncio.create_task(answered())
+        await asyncio.to_thread(writing.wait, WAIT)
+        assert served.estimate(30, 20, served.engine.plan()).wait_s == 0, "the device is free"
+        assert (await refusal_of(served.segment(GREY, Options()))).code == "overloaded"
+        go_on.set()
+        assert (await first)[0] == "written"
+        await served.segment(GREY, Options())
+
+    run(main)
+
+
+def test_who_cannot_be_in_time_for_the_writing_of_its_answer_is_refused(
+    pipeline: Callable[..., Pipeline], gate: Any
+) -> None:
+    async def main() -> None:
+        served = pipeline()
+        for _ in range(50):
+            served.encode_times.observe("npz", 1_000_000, 4e4)
+        first = await started(served, format="png", timeout_ms=60_000)
+        slow = Options.model_construct(format="npz", timeout_ms=20_000)
+        assert (await refusal_of(served.segment(GREY, slow))).code == "overloaded", "600 pixels take 23 s to write"
+        second = await started(served, format="png", timeout_ms=20_000)
+        gate.set()
+        await asyncio.gather(first, second)
+
+    run(main)
+
+
+def test_the_writing_of_an_answer_that_nobody_waits_for_is_told_so(
+    pipeline: Callable[..., Pipeline], gate: Any
+) -> None:
+    async def main() -> None:
+        served, told = pipeline(), threading.Event()
+        departed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def write(abandoned: Callable[[], bool]) -> None:
+            loop.call_soon_threadsafe(departed.set_result, None)
+            until = time.monotonic() + WAIT
+            while not abandoned() and time.monotonic() < until:
+                time.sleep(0.005)
+            told.set()
+
+        deadline = time.monotonic() + WAIT
+        async with served.segmented(GREY, Options(), deadline=deadline) as result:
+            with pytest.raises(Departed):
+                await served.encode(result, "npz", write, deadline, departed)
+        assert await asyncio.to_thread(told.wait, WAIT / 2)
+
+    gate.set()
+    run(main)
+
+
+def test_the_limit_is_for_all_models_together(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        one, other = pipeline(max_queue_pixels=1), pipeline(max_queue_pixels=1)
+        first = await started(one)
+        refused = await refusal_of(other.segment(GREY, Options()))
+        assert refused.code == "overloaded"
+        gate.set()
+        await first
+        await other.segment(GREY, Options())
 
     run(main)
 
@@ -327,12 +413,12 @@ def test_a_departed_clients_picture_is_not_run(pipeline: Callable[..., Pipeline]
             await asyncio.sleep(0.005)
         departed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = asyncio.create_task(served.segment(GREY, Options(), departed=departed))
-        while served.admitted_requests < 2:
+        while served.admitted.requests < 2:
             await asyncio.sleep(0.005)
         departed.set_result(None)
         with pytest.raises(Departed):
             await waiting
-        assert served.admitted_requests == 1
+        assert served.admitted.requests == 1
         gate.set()
         await first
         await served.segment(GREY, Options())
@@ -348,7 +434,7 @@ def test_a_bad_picture_is_told_before_it_is_queued(pipeline: Callable[..., Pipel
         cut = encoded(GREY)[:-30]
         with pytest.raises(InputError):
             await served.segment(cut, Options())
-        assert served.admitted_requests == 1
+        assert served.admitted.requests == 1
         gate.set()
         await first
 

@@ -124,6 +124,12 @@ def test_npz_is_read_without_pickle(arrays: dict[str, Any]) -> None:
         assert np.abs(back["probabilities"].astype(np.float32) - arrays["probabilities"]).max() < 0.00025
 
 
+def test_npz_that_nobody_waits_for_is_given_up_between_two_planes(arrays: dict[str, Any]) -> None:
+    planes = iter([False, True])
+    npz(**arrays, abandoned=lambda: next(planes))
+    assert next(planes, None) is None, "asked before each plane"
+
+
 def test_npz_takes_probabilities_that_are_not_contiguous(arrays: dict[str, Any]) -> None:
     turned = np.asfortranarray(arrays["probabilities"])
     with np.load(io.BytesIO(npz(**{**arrays, "probabilities": turned}))) as back:
