@@ -258,7 +258,10 @@ class Device:
         try:
             answers = run_together([job.image for job in jobs], jobs[0].plan, run.options)
         except Stopped:
-            self._end(run)
+            seconds = self._end(run)
+            with self._wake:  # it would have taken longer still: runs that are always stopped must teach that
+                if seconds is not None and seconds > self.cost_model.predict(_total(jobs)):
+                    self.cost_model.observe(_total(jobs), seconds)
             _fail(jobs, Refusal("deadline_passed", "nobody waited for the answer any more"))
             return
         except Exception as error:

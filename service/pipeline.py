@@ -238,13 +238,18 @@ class Pipeline:
 
         `work` is told by its argument when nobody waits for it any more. Raises what it raises, Refusal and Departed.
         """
-        abandoned = threading.Event()
+        abandoned, begun = threading.Event(), []
+
+        def write() -> T:
+            begun.append(time.monotonic())
+            return work(abandoned.is_set)
+
         try:
-            answer, waited, took = await in_pool(self.encoders, partial(work, abandoned.is_set), deadline, departed)
-        finally:
+            return await in_pool(self.encoders, write, deadline, departed)
+        finally:  # one that is given up would have taken longer still: if all are, that must be learned from them
             abandoned.set()
-        self.encode_times.observe(format_, result.segmentation.mask.size, took / 1000)
-        return answer, waited, took
+            if begun:
+                self.encode_times.observe(format_, result.segmentation.mask.size, time.monotonic() - begun[0])
 
     def fullness(self) -> float:
         """Share of the admission limit that is taken, 0..1 and above where one large picture is in."""

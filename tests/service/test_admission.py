@@ -372,6 +372,7 @@ def test_the_writing_of_an_answer_that_nobody_waits_for_is_told_so(
             with pytest.raises(Departed):
                 await served.encode(result, "npz", write, deadline, departed)
         assert await asyncio.to_thread(told.wait, WAIT / 2)
+        assert served.encode_times.predict("npz", 600) > 0, "that it took so long is remembered"
 
     gate.set()
     run(main)

@@ -434,6 +434,23 @@ def test_a_run_that_nobody_waits_for_is_stopped(device: Callable[..., Device], e
     assert (len(engines), engines[0].runs, served.state) == (1, [1, 1], "ready")
 
 
+def test_a_run_that_is_stopped_late_teaches_that_such_take_longer(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device()
+    engines[0].go_on.clear()
+    plan = engines[0].plan()
+    job = Job(np.full((8, 8, 3), 128, np.uint8), plan, engines[0].work(8, 8, plan), float("inf"))
+    before = served.cost_model.predict(job.work)
+    served.submit(job)
+    assert engines[0].entered.wait(WAIT)
+    time.sleep(before + 0.1)
+    served.abandon(job)
+    engines[0].go_on.set()
+    assert isinstance(job.done.exception(WAIT), Refusal)
+    assert served.cost_model.predict(job.work) > before
+
+
 def test_a_run_goes_on_while_somebody_waits_for_one_of_its_pictures(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:
