@@ -39,6 +39,7 @@ SECONDS = {
 TOTAL_SECONDS = 520
 SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
+SANITIZER_FOUND = 9  # its exit status where it found an error
 
 Part = dict[str, Any]
 
@@ -96,15 +97,14 @@ def child(name: str, device: str, seconds: float, before: tuple[str, ...] = ()) 
     elif status:
         lines = printed.strip().splitlines()
         part["checks"][f"{name} ends well"] = f"exit status {status}: {lines[-1][:300] if lines else ''}"
-    part["printed"] = excerpt(printed)
-    return part
+    return {**part, "exit_status": status, "printed": excerpt(printed)}
 
 
 def excerpt(printed: str) -> str:
     """What is worth keeping of a program's output: its end, and the first that a sanitizer found."""
     lines = printed.strip().splitlines()
     found = [line for line in lines if line.startswith("=========")][:30]
-    return "\n".join([*found, *(line for line in lines[-15:] if line not in found)])[:6000]
+    return "\n".join(line[:200] for line in [*found, *(line for line in lines[-15:] if line not in found)])
 
 
 def sanitizer(device: str, seconds: float) -> Part:
@@ -120,22 +120,36 @@ def sanitizer(device: str, seconds: float) -> Part:
             "--report-api-errors",  # torch's own calls would count as errors
             "no",
             "--error-exitcode",
-            "9",
+            str(SANITIZER_FOUND),
             "--kernel-regex",
             "kns=encode",
             "--kernel-regex",
             "kns=add_",
         )
         found = child("sanitized", device, seconds / len(SANITIZER_TOOLS), (program, *options))
-        checks = {f"{tool}: {name}": wrong for name, wrong in found["checks"].items() if name != "sanitized ends"}
-        if "sanitized ends" in found["checks"]:
-            part["checks"] |= checks
-            part["not_run"].append(f"{SANITIZER} {tool} did not end in time")
-        elif "not supported" in found["printed"]:
-            part["not_run"].append(f"{SANITIZER} {tool} does not work here: {found['printed'].splitlines()[-1]}")
-        else:
-            part["checks"] |= checks
+        judged = judge(tool, found)
+        part["checks"] |= judged["checks"]
+        part["not_run"] += judged["not_run"]
         part["printed"] = f"{part.get('printed', '')}--- {tool}\n{found['printed']}\n"
+    return part
+
+
+def judge(tool: str, found: Part) -> Part:
+    """What a tool of the sanitizer says of the part it watched, which only its own lines and its exit status tell."""
+    said = [line for line in found["printed"].splitlines() if re.match(r"=========\s+(?!COMPUTE-SANITIZER)\S", line)]
+    errors = found["exit_status"] == SANITIZER_FOUND or any(re.search(r"\b[1-9]\d* error", line) for line in said)
+    refusals = [line for line in said if "not supported" in line]
+    if refusals and not errors:
+        return empty(not_run=[f"{SANITIZER} {tool} does not work here: {refusals[0]}"])
+    part = empty()
+    cut = found["exit_status"] is None
+    if said or not cut:
+        clean = not cut and not errors and any(re.search(r"SUMMARY: .*\b0 errors", line) for line in said)
+        first = said[0] if said else f"no summary, exit status {found['exit_status']}"
+        part["checks"][f"{tool} finds no error"] = None if clean else first
+    part["checks"] |= {f"{tool}: {name}": wrong for name, wrong in found["checks"].items() if name != "sanitized ends"}
+    if cut:
+        part["not_run"].append(f"{SANITIZER} {tool} did not end in time")
     return part
 
 

@@ -92,7 +92,8 @@ def test_what_a_sanitizer_finds_first_is_kept(monkeypatch):
     def child(name, device, seconds, before):
         timed_out = "memcheck" not in before
         checks = {"sanitized ends": "not within 1 seconds"} if timed_out else {"sanitized ends well": "exit status 9"}
-        return {**gpu_check.empty(), "checks": checks | {"equals the twin": "error"}, "printed": f"of {before[2]}"}
+        facts = {"checks": checks | {"equals the twin": "error"}, "exit_status": None if timed_out else 9}
+        return {**gpu_check.empty(), **facts, "printed": f"of {before[2]}"}
 
     monkeypatch.setattr(gpu_check, "child", child)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
@@ -102,6 +103,40 @@ def test_what_a_sanitizer_finds_first_is_kept(monkeypatch):
     assert part["checks"]["memcheck: sanitized ends well"] == "exit status 9"
     assert part["not_run"] == [f"{gpu_check.SANITIZER} {tool} did not end in time" for tool in tools[1:]]
     assert all(f"--- {tool}\nof {tool}" in part["printed"] for tool in tools)
+
+
+REFUSAL = '========= Error: Device not supported. Please refer to the "Supported Devices" section'
+INVALID = "========= COMPUTE-SANITIZER\n========= Invalid __shared__ read of size 4 bytes"
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "wrong"),
+    [
+        (0, "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors", None),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", None),
+        (0, "========= COMPUTE-SANITIZER", "no summary, exit status 0"),
+        (9, f"{INVALID}\nthis type is not supported", "========= Invalid __shared__ read of size 4 bytes"),
+        (9, f"{INVALID}\n{REFUSAL}", "========= Invalid __shared__ read of size 4 bytes"),
+        (0, f"{REFUSAL}\n========= ERROR SUMMARY: 12 errors", REFUSAL),
+        (0, "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)",
+         "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"),
+        (None, INVALID, "========= Invalid __shared__ read of size 4 bytes"),
+    ],
+)  # fmt: skip
+def test_a_sanitizer_tool_is_believed_by_its_own_lines(status, printed, wrong):
+    found = {**gpu_check.empty(), "checks": {"watched": None}, "exit_status": status, "printed": printed}
+    part = gpu_check.judge("memcheck", found)
+    assert part["checks"] == {"memcheck finds no error": wrong, "memcheck: watched": None}
+    part = gpu_check.judge("memcheck", found | {"exit_status": None, "printed": "========= COMPUTE-SANITIZER"})
+    assert part["checks"] == {"memcheck: watched": None}, "cut short, it has not said that there is no error"
+
+
+def test_only_a_tool_that_says_so_does_not_work_here():
+    facts = {"checks": {"sanitized ends well": "exit status 1"}, "exit_status": 1}
+    part = gpu_check.judge("memcheck", {**gpu_check.empty(), **facts, "printed": f"not supported\n{REFUSAL}"})
+    assert not part["checks"] and part["not_run"] == [f"compute-sanitizer memcheck does not work here: {REFUSAL}"]
+    part = gpu_check.judge("memcheck", {**gpu_check.empty(), **facts, "printed": "RuntimeError: not supported"})
+    assert part["checks"]["memcheck: sanitized ends well"] == "exit status 1" and not part["not_run"]
 
 
 def test_overhead_memory_and_onnx_runtime_run_on_the_cpu():
