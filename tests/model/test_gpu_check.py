@@ -90,18 +90,24 @@ def test_what_a_sanitizer_finds_first_is_kept(monkeypatch):
     assert kept[-1] == "line 49" and len(kept) == 2 + 14
 
     def child(name, device, seconds, before):
-        timed_out = "memcheck" not in before
-        checks = {"sanitized ends": "not within 1 seconds"} if timed_out else {"sanitized ends well": "exit status 9"}
-        facts = {"checks": checks | {"equals the twin": "error"}, "exit_status": None if timed_out else 9}
-        return {**gpu_check.empty(), **facts, "printed": f"of {before[2]}"}
+        shares.append(seconds)
+        printed = f"of {before[2]}"
+        if "memcheck" in before:
+            checks = {"sanitized ends well": "exit status 9", "equals the twin": "error"}
+            return {**gpu_check.empty(), "checks": checks, "exit_status": 9, "printed": printed}
+        checks, not_run = {"equals the twin": "error"}, ["sanitized: cut after 2 s"]
+        return {"checks": checks, "rows": [], "not_run": not_run, "exit_status": None, "printed": printed}
 
+    shares = []
     monkeypatch.setattr(gpu_check, "child", child)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
-    part = gpu_check.sanitizer("cpu", 2)
+    part = gpu_check.sanitizer("cpu", 20)
     tools = gpu_check.SANITIZER_TOOLS
+    assert tools == ("memcheck", "racecheck")
+    assert shares == [pytest.approx(10, abs=1), pytest.approx(20, abs=1)], "what memcheck leaves is racecheck's"
     assert all(part["checks"][f"{tool}: equals the twin"] == "error" for tool in tools), "also of one that was ended"
     assert part["checks"]["memcheck: sanitized ends well"] == "exit status 9"
-    assert part["not_run"] == [f"{gpu_check.SANITIZER} {tool} did not end in time" for tool in tools[1:]]
+    assert part["not_run"] == ["racecheck: sanitized: cut after 2 s"]
     assert all(f"--- {tool}\nof {tool}" in part["printed"] for tool in tools)
 
 
@@ -182,18 +188,32 @@ def test_a_part_that_dies_loses_nothing_else(tmp_path, monkeypatch, capsys):
     assert "FAILED no such part ends well" in printed and "not run: peak memory" in printed
 
 
-@pytest.mark.parametrize(("total", "status"), [(10, 2), (100, 1)])
-def test_a_part_cut_short_by_the_total_has_not_failed(tmp_path, monkeypatch, total, status):
+@pytest.mark.parametrize(("total", "seconds"), [(10, 10), (100, 60)])
+def test_a_part_that_is_cut_short_has_not_failed(tmp_path, monkeypatch, total, seconds):
+    def command(words, seconds):
+        if "--output" in words:
+            under_way = {"checks": {"first": None}, "rows": [], "not_run": [], "under_way": "second"}
+            Path(words[-1]).write_text(json.dumps(under_way))
+        return status, "Aborted"
+
     monkeypatch.setattr(gpu_check, "SECONDS", {"memory": 60})
     monkeypatch.setattr(gpu_check, "TOTAL_SECONDS", total)
-    monkeypatch.setattr(gpu_check, "run_command", lambda command, seconds: (None, ""))
+    monkeypatch.setattr(gpu_check, "run_command", command)
     file = tmp_path / "gpu.json"
-    assert gpu_check.check("cpu", "a GPU", file, []) == status
+    status = None
+    assert gpu_check.check("cpu", "a GPU", file, []) == 0
     part = json.loads(file.read_text())["parts"]["memory"]
-    if total == 10:
-        assert part["not_run"] == ["memory: the time was up after 10 s"] and not part["checks"]
-    else:
-        assert part["checks"] == {"memory ends": "not within 60 seconds"} and not part["not_run"]
+    assert part["not_run"] == [f"memory: cut after {seconds} s, during: second"] and part["checks"] == {"first": None}
+    status = -6
+    assert gpu_check.check("cpu", "a GPU", file, []) == 1
+    part = json.loads(file.read_text())["parts"]["memory"]
+    assert part["checks"] == {"first": None, "memory ends well": "exit status -6, during: second: Aborted"}
+
+
+def test_a_build_that_is_cut_short_has_not_failed(monkeypatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_check, "run_command", lambda words, seconds: (None, ""))
+    assert gpu_check.build(200) == gpu_check.empty(not_run=["build: cut after 200 s"])
 
 
 def test_a_kill_leaves_the_results_of_the_last_run(tmp_path, monkeypatch):
