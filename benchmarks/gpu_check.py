@@ -221,7 +221,8 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for name, part in result["parts"].items():
         failed = {check: wrong for check, wrong in part["checks"].items() if wrong is not None}
-        lines.append(f"{name}: {len(part['checks']) - len(failed)} of {len(part['checks'])} checks passed")
+        first = f"; first failure: {part['first_failure']}" if failed else ""
+        lines.append(f"{name}: {len(part['checks']) - len(failed)} of {len(part['checks'])} checks passed{first}")
         lines += [f"    FAILED {check}: {wrong}" for check, wrong in failed.items()]
         lines += [f"    not run: {reason}" for reason in part["not_run"]]
         for row in part["rows"]:
@@ -279,10 +280,11 @@ def check(device: str, gpu: str, output: Path, only: list[str]) -> int:
         else:
             part = child(name, device, seconds)
         part["seconds"] = round(time.monotonic() - begun, 1)
+        failed = [check for check, wrong in part["checks"].items() if wrong is not None]
+        part["first_failure"] = failed[0] if failed else None  # an error of CUDA's makes all that follow fail, too
         result["parts"][name] = part
         write_json(output, result)
-        failed = sum(wrong is not None for wrong in part["checks"].values())
-        print(f"{name}: {part['seconds']} s, {len(part['checks'])} checks, {failed} failed", flush=True)
+        print(f"{name}: {part['seconds']} s, {len(part['checks'])} checks, {len(failed)} failed", flush=True)
     print(table(result))
     print(f"written to {output}")
     parts = result["parts"].values()

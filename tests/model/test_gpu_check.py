@@ -210,6 +210,20 @@ def test_a_part_that_is_cut_short_has_not_failed(tmp_path, monkeypatch, total, s
     assert part["checks"] == {"first": None, "memory ends well": "exit status -6, during: second: Aborted"}
 
 
+def test_the_first_failure_of_a_part_is_named(tmp_path, monkeypatch, capsys):
+    wrong = {"passes": None, "an illegal address": "error 700", "after it": "error 700"}
+    monkeypatch.setattr(gpu_check, "SECONDS", {"memory": 60, "overhead": 60})
+    parts = iter([{**gpu_check.empty(), "checks": wrong}, {**gpu_check.empty(), "checks": {"passes": None}}])
+    monkeypatch.setattr(gpu_check, "child", lambda *given: next(parts))
+    file = tmp_path / "gpu.json"
+    assert gpu_check.check("cpu", "a GPU", file, []) == 1
+    written = json.loads(file.read_text())["parts"]
+    assert [part["first_failure"] for part in written.values()] == ["an illegal address", None]
+    printed = capsys.readouterr().out.splitlines()
+    assert "memory: 1 of 3 checks passed; first failure: an illegal address" in printed
+    assert "overhead: 1 of 1 checks passed" in printed
+
+
 def test_a_build_that_is_cut_short_has_not_failed(monkeypatch):
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
     monkeypatch.setattr(gpu_check, "run_command", lambda words, seconds: (None, ""))
