@@ -3,12 +3,14 @@
 Needs an NVIDIA GPU, PyTorch with CUDA and nvcc; every other package is optional, and what is missing is reported as
 not run. Each part (benchmarks/gpu_parts.py) runs in a process of its own, so that one that fails or hangs leaves the
 others alone; one whose time is up is cut, which is told as not run. Results are written to benchmarks/results/<name of
-the GPU>.json as they come, and as a table at the end. The exit status is 0 where every check that was run passed, 1 where
-one failed, and 2 without a GPU or where nothing was run.
+the GPU>.json as they come, and as a table at the end. With --only, the file's other parts are kept where they are
+of the same code, machine and versions. The exit status is that of the parts that were run now: 0 where every check
+passed, 1 where one failed, and 2 without a GPU or where nothing was run.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -41,6 +43,9 @@ TOTAL_SECONDS = 520
 SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 SANITIZER_FOUND = 9  # its exit status where it found an error
+
+CODE_FOLDERS = ("benchmarks", "export", "model", "service")
+CODE_SUFFIXES = {".py", ".cpp", ".cu", ".h"}
 
 Part = dict[str, Any]
 
@@ -239,6 +244,15 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", speed_table(rows)])
 
 
+def code_digest() -> str:
+    """Of all code here: a copy of the files has no commit, and a checkout may have been edited since its own."""
+    found = hashlib.sha256()
+    for path in sorted(path for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("*")):
+        if path.suffix in CODE_SUFFIXES:
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def describe_machine(gpu: str) -> dict[str, Any]:
     import torch
 
@@ -253,6 +267,7 @@ def describe_machine(gpu: str) -> dict[str, Any]:
     return {
         "command": "make gpu-check",
         "commit": commit(),
+        "code": code_digest(),
         "gpu": gpu,
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "nvcc": first_line(os.environ.get("NVCC", "nvcc"), "--version"),
@@ -261,13 +276,32 @@ def describe_machine(gpu: str) -> dict[str, Any]:
     }
 
 
+def earlier_parts(output: Path, machine: dict[str, Any]) -> dict[str, Part]:
+    """The parts that an earlier call left in the file; none, and a line about it, where they are of another machine."""
+    if not output.exists():
+        return {}
+    try:
+        document = json.loads(output.read_text(encoding="utf-8"))
+        differing = [key for key, value in machine.items() if document[key] != value]
+        parts: dict[str, Part] = document["parts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{output}: begun anew, as it holds no results of this command: {error!r}", flush=True)
+        return {}
+    if differing:
+        print(f"{output}: begun anew, as what it holds is of another {', '.join(differing)}", flush=True)
+        return {}
+    return parts
+
+
 def check(device: str, gpu: str, output: Path, only: list[str]) -> int:
     """Run the parts, write and print what they find; 1 where a check failed, 2 where nothing was run."""
     started = time.monotonic()
-    result: dict[str, Any] = {**describe_machine(gpu), "parts": {}}
+    machine = describe_machine(gpu)
+    parts = earlier_parts(output, machine) if only else {}
+    chosen = only or list(SECONDS)
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, most in SECONDS.items():
-        if only and name not in only:
+        if name not in chosen:
             continue
         seconds = min(most, TOTAL_SECONDS - (time.monotonic() - started))
         begun = time.monotonic()
@@ -282,15 +316,16 @@ def check(device: str, gpu: str, output: Path, only: list[str]) -> int:
         part["seconds"] = round(time.monotonic() - begun, 1)
         failed = [check for check, wrong in part["checks"].items() if wrong is not None]
         part["first_failure"] = failed[0] if failed else None  # an error of CUDA's makes all that follow fail, too
-        result["parts"][name] = part
+        parts[name] = part
+        result = {**machine, "parts": {known: parts[known] for known in SECONDS if known in parts}}
         write_json(output, result)
         print(f"{name}: {part['seconds']} s, {len(part['checks'])} checks, {len(failed)} failed", flush=True)
     print(table(result))
     print(f"written to {output}")
-    parts = result["parts"].values()
-    if not any(part["checks"] or part["rows"] for part in parts):
+    run_now = [parts[name] for name in chosen]
+    if not any(part["checks"] or part["rows"] for part in run_now):
         return 2
-    return int(any(wrong for part in parts for wrong in part["checks"].values()))
+    return int(any(part["first_failure"] for part in run_now))
 
 
 def main() -> int:

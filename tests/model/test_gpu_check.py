@@ -224,6 +224,40 @@ def test_the_first_failure_of_a_part_is_named(tmp_path, monkeypatch, capsys):
     assert "overhead: 1 of 1 checks passed" in printed
 
 
+def test_a_second_piece_keeps_the_parts_of_the_first(tmp_path, monkeypatch, capsys):
+    def child(name, device, seconds):
+        return {**gpu_check.empty(), "checks": {f"a check of {name}": wrong}, "rows": [{"what": "x", "in": name}]}
+
+    def parts():
+        return {name: part["first_failure"] for name, part in json.loads(file.read_text())["parts"].items()}
+
+    monkeypatch.setattr(gpu_check, "SECONDS", {"memory": 60, "overhead": 60, "speed": 60})
+    monkeypatch.setattr(gpu_check, "child", child)
+    file = tmp_path / "gpu.json"
+    wrong = "error"
+    assert gpu_check.check("cpu", "a GPU", file, ["speed"]) == 1
+    wrong = None
+    assert gpu_check.check("cpu", "a GPU", file, ["memory"]) == 0, "of what was run now"
+    assert list(parts().items()) == [("memory", None), ("speed", "a check of speed")]
+    printed = capsys.readouterr().out
+    assert "what x, in speed" in printed.rpartition("memory: 1 of 1 checks passed")[2] and "begun anew" not in printed
+    assert gpu_check.check("cpu", "a GPU", file, ["speed"]) == 0
+    assert parts() == {"memory": None, "speed": None}
+
+    assert gpu_check.check("cpu", "another GPU", file, ["overhead"]) == 0
+    assert parts() == {"overhead": None}
+    assert f"{file}: begun anew, as what it holds is of another gpu" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_check, "code_digest", lambda: "edited")
+    assert gpu_check.check("cpu", "another GPU", file, ["memory"]) == 0
+    assert parts() == {"memory": None}
+    assert f"{file}: begun anew, as what it holds is of another code" in capsys.readouterr().out
+    file.write_text("[]")
+    assert gpu_check.check("cpu", "a GPU", file, ["memory"]) == 0
+    assert f"{file}: begun anew, as it holds no results" in capsys.readouterr().out
+    assert gpu_check.check("cpu", "a GPU", file, []) == 0
+    assert parts().keys() == {"memory", "overhead", "speed"}
+
+
 def test_a_build_that_is_cut_short_has_not_failed(monkeypatch):
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
     monkeypatch.setattr(gpu_check, "run_command", lambda words, seconds: (None, ""))
