@@ -85,7 +85,7 @@ def piece(
             if job.missing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 if not advance(job, folder, until):
-                    break
+                    continue  # later ones may have room: only what is compiled needs minutes
             if folder == out:
                 collect(job, out)
             if job.name == COMPARED:

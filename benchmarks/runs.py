@@ -144,7 +144,7 @@ def advance(job: Job, root: Path, until: float) -> bool:
 
 
 def work_off(jobs: Collection[Job], root: Path, until: float, tell: Callable[[], None]) -> None:
-    """Go on with the jobs in their order until all are finished or, by `time.monotonic()`, the time is up.
+    """Go on with the jobs in their order, by `time.monotonic()` until the time is up for all that are not finished.
 
     `tell` is called when one is finished, and at the end. Raises RunError as `Job.check` and `advance` do.
     """
@@ -152,9 +152,7 @@ def work_off(jobs: Collection[Job], root: Path, until: float, tell: Callable[[],
     for job in jobs:
         job.check(root)
     for job in jobs:
-        if job.missing(root):
-            if not advance(job, root, until):
-                break
+        if job.missing(root) and advance(job, root, until):
             tell()
     tell()
 

@@ -6,6 +6,7 @@ import math
 import time
 
 import pytest
+from rich.console import Console
 
 from benchmarks import ablation, gpu_train, reference_positions, runs, trials
 from benchmarks.command import commit
@@ -215,13 +216,13 @@ def test_a_run_that_fails_leaves_the_others_alone(data, tmp_path, monkeypatch, c
         begun.append(job.name)
         if job.name == "camvid":
             raise runs.RunError("camvid: training failed with exit status 1")
-        return len(begun) < 4
+        return True
 
     monkeypatch.setattr(gpu_train, "advance", fails_first)
     monkeypatch.setattr(gpu_train, "collect", lambda job, out: None)
     monkeypatch.setattr(gpu_train, "compare_factor", lambda data, out, until: None)
     assert gpu_train.main(["--data", str(data), "--out", str(tmp_path), *TINY]) == 2
-    assert begun == ["camvid", "msrc21", "fcn-0", "encoding-0"]
+    assert begun[:4] == ["camvid", "msrc21", "fcn-0", "encoding-0"]
     assert "error: camvid: training failed with exit status 1" in capsys.readouterr().err
     assert json.loads((tmp_path / "results" / "runs.json").read_text())["failed"]
 
@@ -242,6 +243,25 @@ def test_only_what_is_compiled_is_left_time_to_compile(data, tmp_path, monkeypat
             assert not runs.advance(job, tmp_path, time.monotonic() + 60)
 
 
+def test_what_is_too_long_for_the_rest_of_a_piece_leaves_it_to_what_is_not(data, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(runs, "call", lambda module, words, seconds: begun.append(words[words.index("--out") + 1]) or 0)
+    until = time.monotonic() + 100
+    left, failed = gpu_train.piece(data, tmp_path / "gpu", (), until, Console())
+    assert not failed and {"camvid", "msrc21"} <= set(left)
+    assert begun[0] == str(tmp_path / "gpu" / "ablation-camvid" / "fcn-0"), "the first that is not compiled"
+
+    begun.clear()
+    jobs = [
+        runs.Job(name, data / "camvid", gpu_train.RECIPES / "ablation-camvid.toml", (f"compile={name}",), {})
+        for name in ("true", "false")
+    ]
+    runs.work_off(jobs, tmp_path, until, lambda: None)
+    assert begun == [str(tmp_path / "false")]
+
+
 def test_the_commit_is_empty_where_there_is_no_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert commit() == ""
@@ -257,9 +277,9 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
     assert "5 parts are not finished; the same command goes on" in capsys.readouterr().out
     assert not called
 
-    first_piece = iter([True] * 2 + [False])
     whole_advance = runs.advance
-    monkeypatch.setattr(gpu_train, "advance", lambda *given: next(first_piece) and whole_advance(*given))
+    fits = ("camvid", "fcn-0")
+    monkeypatch.setattr(gpu_train, "advance", lambda job, *given: job.name in fits and whole_advance(job, *given))
     assert gpu_train.main(options) == 0
     assert "2 parts are not finished" in capsys.readouterr().out
     monkeypatch.setattr(gpu_train, "advance", whole_advance)
