@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import ablation
 from benchmarks.command import ROOT, option_parser, write_json
-from benchmarks.runs import Job, RunError, advance, call_until
+from benchmarks.runs import Job, RunError, advance, call_until, told_stopped
 from benchmarks.split_weights import split
 from model.arguments import minutes
 from model.recipe import RecipeError
@@ -111,9 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     until = time.monotonic() + 60 * options.minutes
     words, results = tuple(options.options), options.out / "results"
-    if torch.cuda.is_available():
-        subprocess.run([sys.executable, "model/kernels/build.py", "--quiet"], cwd=ROOT)
     try:
+        if torch.cuda.is_available():
+            subprocess.run([sys.executable, "model/kernels/build.py", "--quiet"], cwd=ROOT)
         left, failed = piece(options.data, options.out, words, until, Console())
         done = [job for job in main_jobs(options.data, words) if not job.missing(options.out)]
         figures = {job.name: {view: job.totals(options.out, view) for view in job.views} for job in done}
@@ -122,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (RunError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return told_stopped()
     print(f"{len(left)} parts are not finished; the same command goes on" if left else f"all is in {results}")
     return 2 if failed else 0
 

@@ -3,6 +3,10 @@
 import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
+import threading
 import time
 
 import pytest
@@ -82,6 +86,102 @@ def test_an_evaluation_that_its_piece_is_too_short_for_begins_again_in_the_next(
 
 def test_a_command_that_hangs_is_ended():
     assert runs.call("timeit", ["-n1", "-r1", "import time; time.sleep(60)"], 2) is None
+
+
+STOPPED = "stopped; the same command goes on from here\n"
+# A command that saves and ends with 130 a second after Ctrl-C, longer than subprocess.run would wait.
+SAVES = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    pathlib.Path(sys.argv[1], "saved").touch()
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+pathlib.Path(sys.argv[1], "begun").touch()
+time.sleep(60)
+"""
+
+
+def interrupted_once_there(file):
+    """Ctrl-C for this process alone as soon as the file is there; what a terminal would tell the child is up to it."""
+    while not file.exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def child_of(module, monkeypatch):
+    """The next process that is begun, in a list."""
+    begun = []
+
+    class Begun(subprocess.Popen):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            begun.append(self)
+
+    monkeypatch.setattr(module.subprocess, "Popen", Begun)
+    return begun
+
+
+@pytest.fixture
+def saving(tmp_path, monkeypatch):
+    """The module name of a command that takes a second to save, which its own folder as the working folder finds."""
+    (tmp_path / "saving.py").write_text(SAVES)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    return "saving"
+
+
+def test_ctrl_c_waits_for_a_command_that_saves(saving, tmp_path, monkeypatch):
+    begun = child_of(runs, monkeypatch)
+
+    def both():
+        interrupted_once_there(tmp_path / "begun")
+        begun[0].send_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=both)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        runs.call(saving, [str(tmp_path)], 30)
+    thread.join()
+    assert (tmp_path / "saved").exists() and begun[0].returncode == 130
+
+
+def test_a_second_ctrl_c_ends_a_command_that_does_not(saving, tmp_path, monkeypatch):
+    begun = child_of(runs, monkeypatch)
+
+    def twice():
+        interrupted_once_there(tmp_path / "begun")
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=twice)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        runs.call(saving, [str(tmp_path)], 30)
+    thread.join()
+    assert begun[0].returncode == -signal.SIGKILL and not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("statement", ["raise SystemExit(130)", "import os; os.kill(os.getpid(), 2)"])
+def test_a_command_that_was_interrupted_alone_interrupts_the_list(tmp_path, monkeypatch, statement):
+    (tmp_path / "interrupted.py").write_text(statement)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        runs.call("interrupted", [], 30)
+
+
+def test_lists_of_runs_end_on_ctrl_c_with_a_line(data, tmp_path, monkeypatch, capsys):
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "call", stopped)
+    config = ["--config", str(gpu_train.RECIPES / "ablation-camvid.toml")]
+    out = ["--out", str(tmp_path / "out"), *TINY]
+    assert ablation.main(["--data", str(data / "camvid"), *config, *out]) == 130
+    assert capsys.readouterr().err == STOPPED
+    assert trials.main(["--data", str(data / "camvid"), *config, "--out", str(tmp_path / "trials"), "epochs=1"]) == 130
+    assert capsys.readouterr().err == STOPPED
+    assert gpu_train.main(["--data", str(data), *out]) == 130
+    assert capsys.readouterr().err == STOPPED
 
 
 def test_the_ablation_runs_every_variant_with_every_seed_once(data, tmp_path, called, capsys):
