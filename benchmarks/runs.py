@@ -182,4 +182,4 @@ def told_stopped() -> int:
 def refuse_seed(words: Sequence[str]) -> None:
     """Raise RunError where key=value words choose a seed, which the list of runs does; RecipeError for no options."""
     if "seed" in read_recipe(None, list(words)):
-        raise RunError("every run has a seed of its own, from 0 on; choose how many with --seeds")
+        raise RunError("every run has a seed of its own, from 0 on; leave seed= out")

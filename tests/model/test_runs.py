@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import ablation, gpu_train, reference_positions, runs, trials
-from benchmarks.command import commit
+from benchmarks.command import commit, write_json
 from benchmarks.split_weights import join
 from model import evaluate, train
 from model.checkpoint import load_checkpoint
@@ -392,6 +392,8 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
     assert document["left"] == []
     assert document["runs"].keys() == {"camvid"}
     assert document["runs"]["camvid"].keys() == {"test", "test-scales"}
+    for view, means in document["means"]["camvid"].items():
+        assert means["miou"] == {"mean": document["runs"]["camvid"][view]["miou"], "std": None, "runs": 1}
     assert len(json.loads((results / "ablation-camvid.json").read_text())["rows"]) == 3
     weights = results / "camvid" / "weights"
     join(weights, tmp_path / "joined.pt")
@@ -404,6 +406,40 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
         assert [row["scale"] for row in factor[name]] == list(reference_positions.SCALES)
     assert factor["with"] != factor["without"]
     assert (results / "reference-positions.png").exists()
+
+
+def test_other_seeds_of_the_best_networks_come_last_and_give_figures_alone(data, tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def finished(job, folder, until):
+        begun.append(job.name)
+        for view in job.views:
+            miou = 0.5 + 0.1 * job.recipe().seed + (0.01 if view == "test-scales" else 0)
+            totals = dict.fromkeys(("pixel_accuracy", "class_accuracy", "presence_map"), 0.5) | {"miou": miou}
+            write_json(folder / job.name / view / "evaluation.json", {"totals": totals})
+        (folder / job.name / "final.pt").touch()
+        return True
+
+    monkeypatch.setattr(gpu_train, "SEEDS", 2)
+    monkeypatch.setattr(gpu_train, "advance", finished)
+    collected = []
+    monkeypatch.setattr(gpu_train, "collect", lambda job, out: collected.append(job.name))
+    monkeypatch.setattr(gpu_train, "compare_factor", lambda data, out, until: None)
+    options = ["--data", str(data), "--out", str(tmp_path)]
+    assert gpu_train.main([*options, *TINY]) == 0
+    ablations = [f"{variant}-{seed}" for seed in (0, 1) for variant in ablation.FOLDERS.values()]
+    assert begun == ["camvid", "msrc21", *ablations, *ablations, "camvid-1", "msrc21-1"]
+    assert collected == ["camvid", "msrc21"]
+    document = json.loads((tmp_path / "results" / "runs.json").read_text())
+    assert document["runs"].keys() == {"camvid", "camvid-1", "msrc21", "msrc21-1"}
+    assert document["runs"]["msrc21-1"]["test-scales"]["miou"] == pytest.approx(0.61)
+    means = document["means"]["camvid"]
+    deviation = pytest.approx(0.05 * math.sqrt(2))
+    assert means["test"]["miou"] == {"mean": pytest.approx(0.55), "std": deviation, "runs": 2}
+    assert means["test-scales"]["miou"] == {"mean": pytest.approx(0.56), "std": deviation, "runs": 2}
+
+    assert gpu_train.main([*options, "seed=1"]) == 2
+    assert "every run has a seed of its own" in capsys.readouterr().err
 
 
 def test_reference_positions_are_compared_only_where_there_are_some(data, tmp_path, capsys):
