@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import option_parser, write_json
-from benchmarks.runs import Job, RunError, refuse_seed, run_facts, work_off
+from benchmarks.runs import Job, RunError, refuse_seed, run_facts, told_stopped, work_off
 from model.arguments import at_least_one, minutes
 from model.recipe import Recipe, RecipeError, read_recipe
 
@@ -160,6 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (RunError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return told_stopped()
     return 0
 
 

@@ -2,12 +2,15 @@
 
 Needs an NVIDIA GPU, PyTorch with CUDA and nvcc; every other package is optional, and what is missing is reported as
 not run. Each part (benchmarks/gpu_parts.py) runs in a process of its own, so that one that fails or hangs leaves the
-others alone. Results are written to benchmarks/results/<name of the GPU>.json as they come, and as a table at the end.
-The exit status is 0 where every check passed, 1 where one failed, and 2 without a GPU or where nothing was run.
+others alone; one whose time is up is cut, which is told as not run. Results are written to benchmarks/results/<name of
+the GPU>.json as they come, and as a table at the end. With --only, the file's other parts are kept where they are
+of the same code, machine and versions. The exit status is that of the parts that were run now: 0 where every check
+passed, 1 where one failed, and 2 without a GPU or where nothing was run.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -39,6 +42,10 @@ SECONDS = {
 TOTAL_SECONDS = 520
 SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
+SANITIZER_FOUND = 9  # its exit status where it found an error
+
+CODE_FOLDERS = ("benchmarks", "export", "model", "service")
+CODE_SUFFIXES = {".py", ".cpp", ".cu", ".h"}
 
 Part = dict[str, Any]
 
@@ -68,14 +75,20 @@ def build(seconds: float) -> Part:
         part["not_run"].append("build: no nvidia-smi, so that the GPU's architecture is not known")
         return part
     status, printed = run_command([sys.executable, "model/kernels/build.py", "--strict"], seconds)
+    if status is None:
+        part["not_run"].append(f"build: cut after {seconds:.0f} s")
+        return part
     words = printed.strip().splitlines()
     wrong = None if status == 0 else (words[-1][:300] if words else f"exit status {status}")
-    part["checks"]["every library is built"] = "took too long" if status is None else wrong
+    part["checks"]["every library is built"] = wrong
     return part
 
 
 def child(name: str, device: str, seconds: float, before: tuple[str, ...] = ()) -> Part:
-    """One part in a process of its own; `before` is a program that watches over it."""
+    """One part in a process of its own; `before` is a program that watches over it.
+
+    Where its time is up, that has not failed, but the part says so and what it was at; where it crashes, that has.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "part.json"
         inner = [
@@ -91,20 +104,21 @@ def child(name: str, device: str, seconds: float, before: tuple[str, ...] = ()) 
         ]
         status, printed = run_command([*before, *inner], seconds)
         part: Part = json.loads(file.read_text()) if file.exists() else empty()
+    under_way = part.pop("under_way", None)
+    during = f", during: {under_way}" if under_way else ""
     if status is None:
-        part["checks"][f"{name} ends"] = f"not within {seconds:.0f} seconds"
+        part["not_run"].append(f"{name}: cut after {seconds:.0f} s{during}")
     elif status:
         lines = printed.strip().splitlines()
-        part["checks"][f"{name} ends well"] = f"exit status {status}: {lines[-1][:300] if lines else ''}"
-    part["printed"] = excerpt(printed)
-    return part
+        part["checks"][f"{name} ends well"] = f"exit status {status}{during}: {lines[-1][:300] if lines else ''}"
+    return {**part, "exit_status": status, "printed": excerpt(printed)}
 
 
 def excerpt(printed: str) -> str:
     """What is worth keeping of a program's output: its end, and the first that a sanitizer found."""
     lines = printed.strip().splitlines()
     found = [line for line in lines if line.startswith("=========")][:30]
-    return "\n".join([*found, *(line for line in lines[-15:] if line not in found)])[:6000]
+    return "\n".join(line[:200] for line in [*found, *(line for line in lines[-15:] if line not in found)])
 
 
 def sanitizer(device: str, seconds: float) -> Part:
@@ -113,29 +127,44 @@ def sanitizer(device: str, seconds: float) -> Part:
     if program is None:
         return empty(not_run=[f"sanitizer: no {SANITIZER}"])
     part = empty()
-    for tool in SANITIZER_TOOLS:
+    until = time.monotonic() + seconds
+    for done, tool in enumerate(SANITIZER_TOOLS):
         options = (
             "--tool",
             tool,
             "--report-api-errors",  # torch's own calls would count as errors
             "no",
             "--error-exitcode",
-            "9",
+            str(SANITIZER_FOUND),
             "--kernel-regex",
             "kns=encode",
             "--kernel-regex",
             "kns=add_",
         )
-        found = child("sanitized", device, seconds / len(SANITIZER_TOOLS), (program, *options))
-        checks = {f"{tool}: {name}": wrong for name, wrong in found["checks"].items() if name != "sanitized ends"}
-        if "sanitized ends" in found["checks"]:
-            part["checks"] |= checks
-            part["not_run"].append(f"{SANITIZER} {tool} did not end in time")
-        elif "not supported" in found["printed"]:
-            part["not_run"].append(f"{SANITIZER} {tool} does not work here: {found['printed'].splitlines()[-1]}")
-        else:
-            part["checks"] |= checks
+        share = (until - time.monotonic()) / (len(SANITIZER_TOOLS) - done)
+        found = child("sanitized", device, share, (program, *options))
+        judged = judge(tool, found)
+        part["checks"] |= judged["checks"]
+        part["not_run"] += judged["not_run"]
         part["printed"] = f"{part.get('printed', '')}--- {tool}\n{found['printed']}\n"
+    return part
+
+
+def judge(tool: str, found: Part) -> Part:
+    """What a tool of the sanitizer says of the part it watched, which only its own lines and its exit status tell."""
+    said = [line for line in found["printed"].splitlines() if re.match(r"=========\s+(?!COMPUTE-SANITIZER)\S", line)]
+    errors = found["exit_status"] == SANITIZER_FOUND or any(re.search(r"\b[1-9]\d* error", line) for line in said)
+    refusals = [line for line in said if "not supported" in line]
+    if refusals and not errors:
+        return empty(not_run=[f"{SANITIZER} {tool} does not work here: {refusals[0]}"])
+    part = empty()
+    cut = found["exit_status"] is None
+    if said or not cut:
+        clean = not cut and not errors and any(re.search(r"SUMMARY: .*\b0 errors", line) for line in said)
+        first = said[0] if said else f"no summary, exit status {found['exit_status']}"
+        part["checks"][f"{tool} finds no error"] = None if clean else first
+    part["checks"] |= {f"{tool}: {name}": wrong for name, wrong in found["checks"].items()}
+    part["not_run"] += [f"{tool}: {reason}" for reason in found["not_run"]]
     return part
 
 
@@ -144,12 +173,12 @@ def run_part(name: str, device: str, output: Path) -> int:
     from benchmarks import gpu_parts
 
     class Writing(gpu_parts.Report):
-        def write(self) -> None:
+        def write(self, under_way: str | None = None) -> None:
             with replacing(output) as file:  # the parent may end this process at any time
-                file.write(json.dumps(self.plain()).encode())
+                file.write(json.dumps({**self.plain(), "under_way": under_way}).encode())
 
         def check(self, name: str):  # type: ignore[no-untyped-def]
-            self.write()
+            self.write(name)
             return super().check(name)
 
         def add(self, **row: Any) -> None:
@@ -197,7 +226,8 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for name, part in result["parts"].items():
         failed = {check: wrong for check, wrong in part["checks"].items() if wrong is not None}
-        lines.append(f"{name}: {len(part['checks']) - len(failed)} of {len(part['checks'])} checks passed")
+        first = f"; first failure: {part['first_failure']}" if failed else ""
+        lines.append(f"{name}: {len(part['checks']) - len(failed)} of {len(part['checks'])} checks passed{first}")
         lines += [f"    FAILED {check}: {wrong}" for check, wrong in failed.items()]
         lines += [f"    not run: {reason}" for reason in part["not_run"]]
         for row in part["rows"]:
@@ -214,6 +244,15 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", speed_table(rows)])
 
 
+def code_digest() -> str:
+    """Of all code here: a copy of the files has no commit, and a checkout may have been edited since its own."""
+    found = hashlib.sha256()
+    for path in sorted(path for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("*")):
+        if path.suffix in CODE_SUFFIXES:
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def describe_machine(gpu: str) -> dict[str, Any]:
     import torch
 
@@ -228,6 +267,7 @@ def describe_machine(gpu: str) -> dict[str, Any]:
     return {
         "command": "make gpu-check",
         "commit": commit(),
+        "code": code_digest(),
         "gpu": gpu,
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "nvcc": first_line(os.environ.get("NVCC", "nvcc"), "--version"),
@@ -236,13 +276,32 @@ def describe_machine(gpu: str) -> dict[str, Any]:
     }
 
 
+def earlier_parts(output: Path, machine: dict[str, Any]) -> dict[str, Part]:
+    """The parts that an earlier call left in the file; none, and a line about it, where they are of another machine."""
+    if not output.exists():
+        return {}
+    try:
+        document = json.loads(output.read_text(encoding="utf-8"))
+        differing = [key for key, value in machine.items() if document[key] != value]
+        parts: dict[str, Part] = document["parts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{output}: begun anew, as it holds no results of this command: {error!r}", flush=True)
+        return {}
+    if differing:
+        print(f"{output}: begun anew, as what it holds is of another {', '.join(differing)}", flush=True)
+        return {}
+    return parts
+
+
 def check(device: str, gpu: str, output: Path, only: list[str]) -> int:
     """Run the parts, write and print what they find; 1 where a check failed, 2 where nothing was run."""
     started = time.monotonic()
-    result: dict[str, Any] = {**describe_machine(gpu), "parts": {}}
+    machine = describe_machine(gpu)
+    parts = earlier_parts(output, machine) if only else {}
+    chosen = only or list(SECONDS)
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, most in SECONDS.items():
-        if only and name not in only:
+        if name not in chosen:
             continue
         seconds = min(most, TOTAL_SECONDS - (time.monotonic() - started))
         begun = time.monotonic()
@@ -254,19 +313,19 @@ def check(device: str, gpu: str, output: Path, only: list[str]) -> int:
             part = sanitizer(device, seconds)
         else:
             part = child(name, device, seconds)
-        if seconds < most and part["checks"].pop(f"{name} ends", None):
-            part["not_run"].append(f"{name}: the time was up after {seconds:.0f} s")
         part["seconds"] = round(time.monotonic() - begun, 1)
-        result["parts"][name] = part
+        failed = [check for check, wrong in part["checks"].items() if wrong is not None]
+        part["first_failure"] = failed[0] if failed else None  # an error of CUDA's makes all that follow fail, too
+        parts[name] = part
+        result = {**machine, "parts": {known: parts[known] for known in SECONDS if known in parts}}
         write_json(output, result)
-        failed = sum(wrong is not None for wrong in part["checks"].values())
-        print(f"{name}: {part['seconds']} s, {len(part['checks'])} checks, {failed} failed", flush=True)
+        print(f"{name}: {part['seconds']} s, {len(part['checks'])} checks, {len(failed)} failed", flush=True)
     print(table(result))
     print(f"written to {output}")
-    parts = result["parts"].values()
-    if not any(part["checks"] or part["rows"] for part in parts):
+    run_now = [parts[name] for name in chosen]
+    if not any(part["checks"] or part["rows"] for part in run_now):
         return 2
-    return int(any(wrong for part in parts for wrong in part["checks"].values()))
+    return int(any(part["first_failure"] for part in run_now))
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ LEAST_SECONDS = 20  # with less left of a piece nothing new is begun
 COMPILE_SECONDS = 130  # more than that, on a GPU: torch.compile may take so long before the first step
 RESERVE_SECONDS = 15  # of a piece, to save and stop in
 HANG_SECONDS = 40
+INTERRUPTED = (130, -signal.SIGINT)  # exit statuses after Ctrl-C: where it is caught, and where it is not
 
 
 class RunError(RuntimeError):
@@ -90,11 +92,25 @@ def run_facts(module: str, words: str, data: Path, config: Path, options: Sequen
 
 
 def call(module: str, words: list[str], seconds: float) -> int | None:
-    """Run `python -m module` with these words in a process of its own; its exit status, None where it was ended."""
+    """Run `python -m module` with these words in a process of its own; its exit status, None where it was ended.
+
+    Ctrl-C reaches that process too: KeyboardInterrupt is raised once it has saved and ended, and where it alone was
+    interrupted. A second Ctrl-C ends it at once.
+    """
+    process = subprocess.Popen([sys.executable, "-m", module, *words], cwd=ROOT)
     try:
-        return subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, timeout=seconds).returncode
+        status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    finally:
+        process.kill()  # does nothing to one that has ended
+        process.wait()
+    if status in INTERRUPTED:
+        raise KeyboardInterrupt
+    return status
 
 
 def call_until(until: float, what: str, module: str, words: list[str], hangs: bool = True) -> bool:
@@ -144,7 +160,7 @@ def advance(job: Job, root: Path, until: float) -> bool:
 
 
 def work_off(jobs: Collection[Job], root: Path, until: float, tell: Callable[[], None]) -> None:
-    """Go on with the jobs in their order until all are finished or, by `time.monotonic()`, the time is up.
+    """Go on with the jobs in their order, by `time.monotonic()` until the time is up for all that are not finished.
 
     `tell` is called when one is finished, and at the end. Raises RunError as `Job.check` and `advance` do.
     """
@@ -152,14 +168,18 @@ def work_off(jobs: Collection[Job], root: Path, until: float, tell: Callable[[],
     for job in jobs:
         job.check(root)
     for job in jobs:
-        if job.missing(root):
-            if not advance(job, root, until):
-                break
+        if job.missing(root) and advance(job, root, until):
             tell()
     tell()
+
+
+def told_stopped() -> int:
+    """Say on standard error that Ctrl-C was the end; its exit status."""
+    print("stopped; the same command goes on from here", file=sys.stderr)
+    return 130
 
 
 def refuse_seed(words: Sequence[str]) -> None:
     """Raise RunError where key=value words choose a seed, which the list of runs does; RecipeError for no options."""
     if "seed" in read_recipe(None, list(words)):
-        raise RunError("every run has a seed of its own, from 0 on; choose how many with --seeds")
+        raise RunError("every run has a seed of its own, from 0 on; leave seed= out")

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.ablation import cell, spread
 from benchmarks.command import option_parser, write_json
-from benchmarks.runs import Job, RunError, refuse_seed, run_facts, work_off
+from benchmarks.runs import Job, RunError, refuse_seed, run_facts, told_stopped, work_off
 from model.arguments import at_least_one, minutes
 from model.recipe import RecipeError
 
@@ -105,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (RunError, RecipeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return told_stopped()
     return 0
 
 

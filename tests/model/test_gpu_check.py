@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, gpu_parts, gpu_service
+from model import kernels
 from model.config import ModelConfig
+from model.encoding import backend
 
 ROOT = Path(__file__).parents[2]
+needs_kernel = pytest.mark.skipif(backend() == "twin", reason="no compiled kernel (make kernels)")
 
 
 def failed(report):
     return {name: wrong for name, wrong in report.checks.items() if wrong is not None}
 
 
+@needs_kernel
 def test_correctness_passes_on_the_cpu():
     report = gpu_parts.Report()
     gpu_parts.correctness("cpu", report, [(3, 40, 1, 7, 16), (2, 130, 13, 15, 33)])
@@ -26,6 +30,32 @@ def test_correctness_passes_on_the_cpu():
     assert {row["dtype"] for row in report.rows} == {"float32", "float16", "bfloat16"}
 
 
+@pytest.mark.parametrize("part", [gpu_parts.correctness, gpu_parts.memory, gpu_parts.sanitized])
+def test_the_twin_does_not_pass_for_the_kernel(part, monkeypatch):
+    monkeypatch.setenv("ENCNET_KERNELS", "off")
+    monkeypatch.setattr(kernels, "library", kernels.library.__wrapped__)
+    report = gpu_parts.Report()
+    part("cpu", report)
+    wrong = "AssertionError: the twin computes encode on cpu, not the cpu kernel: nothing was checked"
+    assert report.checks == {"the kernel is what runs": wrong}
+
+
+@needs_kernel
+def test_the_twin_does_not_pass_where_the_kernel_takes_no_tensor_of_this_device(monkeypatch):
+    monkeypatch.setattr(kernels, "usable", lambda *given: False)
+    report = gpu_parts.Report()
+    gpu_parts.sanitized("cpu", report)
+    assert list(failed(report)) == ["the kernel is what runs"]
+
+
+@needs_kernel
+def test_what_the_sanitizer_watches_passes_on_the_cpu():
+    report = gpu_parts.Report()
+    gpu_parts.sanitized("cpu", report)
+    assert not failed(report) and len(report.checks) == 1 + 3 * 3 * 2
+
+
+@needs_kernel
 def test_correctness_finds_a_wrong_result(monkeypatch):
     def slightly_wrong(inputs, reference_positions=0.0):
         encoded, *gradients = gpu_parts.twin_results(inputs, reference_positions)
@@ -90,26 +120,66 @@ def test_what_a_sanitizer_finds_first_is_kept(monkeypatch):
     assert kept[-1] == "line 49" and len(kept) == 2 + 14
 
     def child(name, device, seconds, before):
-        timed_out = "memcheck" not in before
-        checks = {"sanitized ends": "not within 1 seconds"} if timed_out else {"sanitized ends well": "exit status 9"}
-        return {**gpu_check.empty(), "checks": checks | {"equals the twin": "error"}, "printed": f"of {before[2]}"}
+        shares.append(seconds)
+        printed = f"of {before[2]}"
+        if "memcheck" in before:
+            checks = {"sanitized ends well": "exit status 9", "equals the twin": "error"}
+            return {**gpu_check.empty(), "checks": checks, "exit_status": 9, "printed": printed}
+        checks, not_run = {"equals the twin": "error"}, ["sanitized: cut after 2 s"]
+        return {"checks": checks, "rows": [], "not_run": not_run, "exit_status": None, "printed": printed}
 
+    shares = []
     monkeypatch.setattr(gpu_check, "child", child)
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
-    part = gpu_check.sanitizer("cpu", 2)
+    part = gpu_check.sanitizer("cpu", 20)
     tools = gpu_check.SANITIZER_TOOLS
+    assert tools == ("memcheck", "racecheck")
+    assert shares == [pytest.approx(10, abs=1), pytest.approx(20, abs=1)], "what memcheck leaves is racecheck's"
     assert all(part["checks"][f"{tool}: equals the twin"] == "error" for tool in tools), "also of one that was ended"
     assert part["checks"]["memcheck: sanitized ends well"] == "exit status 9"
-    assert part["not_run"] == [f"{gpu_check.SANITIZER} {tool} did not end in time" for tool in tools[1:]]
+    assert part["not_run"] == ["racecheck: sanitized: cut after 2 s"]
     assert all(f"--- {tool}\nof {tool}" in part["printed"] for tool in tools)
 
 
-def test_overhead_memory_and_onnx_runtime_run_on_the_cpu():
+REFUSAL = '========= Error: Device not supported. Please refer to the "Supported Devices" section'
+INVALID = "========= COMPUTE-SANITIZER\n========= Invalid __shared__ read of size 4 bytes"
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "wrong"),
+    [
+        (0, "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors", None),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", None),
+        (0, "========= COMPUTE-SANITIZER", "no summary, exit status 0"),
+        (9, f"{INVALID}\nthis type is not supported", "========= Invalid __shared__ read of size 4 bytes"),
+        (9, f"{INVALID}\n{REFUSAL}", "========= Invalid __shared__ read of size 4 bytes"),
+        (0, f"{REFUSAL}\n========= ERROR SUMMARY: 12 errors", REFUSAL),
+        (0, "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)",
+         "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"),
+        (None, INVALID, "========= Invalid __shared__ read of size 4 bytes"),
+    ],
+)  # fmt: skip
+def test_a_sanitizer_tool_is_believed_by_its_own_lines(status, printed, wrong):
+    found = {**gpu_check.empty(), "checks": {"watched": None}, "exit_status": status, "printed": printed}
+    part = gpu_check.judge("memcheck", found)
+    assert part["checks"] == {"memcheck finds no error": wrong, "memcheck: watched": None}
+    part = gpu_check.judge("memcheck", found | {"exit_status": None, "printed": "========= COMPUTE-SANITIZER"})
+    assert part["checks"] == {"memcheck: watched": None}, "cut short, it has not said that there is no error"
+
+
+def test_only_a_tool_that_says_so_does_not_work_here():
+    facts = {"checks": {"sanitized ends well": "exit status 1"}, "exit_status": 1}
+    part = gpu_check.judge("memcheck", {**gpu_check.empty(), **facts, "printed": f"not supported\n{REFUSAL}"})
+    assert not part["checks"] and part["not_run"] == [f"compute-sanitizer memcheck does not work here: {REFUSAL}"]
+    part = gpu_check.judge("memcheck", {**gpu_check.empty(), **facts, "printed": "RuntimeError: not supported"})
+    assert part["checks"]["memcheck: sanitized ends well"] == "exit status 1" and not part["not_run"]
+
+
+def test_overhead_and_onnx_runtime_run_on_the_cpu():
     report = gpu_parts.Report()
     gpu_parts.overhead("cpu", report, rounds=10)
-    gpu_parts.memory("cpu", report)
     gpu_parts.onnx_runtime("cpu", report)
-    assert report.not_run == ["peak memory: no GPU"]
+    assert not report.not_run
     assert all(row["microseconds"] > 0 for row in report.rows)
     wrong = failed(report)
     assert not wrong or all("not registered" in words for words in wrong.values())  # no compiled kernel here
@@ -136,6 +206,7 @@ def test_without_the_servers_packages_its_check_is_not_run(monkeypatch, tmp_path
     assert [reason.partition(":")[0] for reason in report.not_run] == ["the server"]
 
 
+@needs_kernel
 def test_a_part_that_dies_loses_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "SECONDS", {"no such part": 60, "memory": 60})
     file = tmp_path / "results" / "gpu.json"
@@ -147,18 +218,80 @@ def test_a_part_that_dies_loses_nothing_else(tmp_path, monkeypatch, capsys):
     assert "FAILED no such part ends well" in printed and "not run: peak memory" in printed
 
 
-@pytest.mark.parametrize(("total", "status"), [(10, 2), (100, 1)])
-def test_a_part_cut_short_by_the_total_has_not_failed(tmp_path, monkeypatch, total, status):
+@pytest.mark.parametrize(("total", "seconds"), [(10, 10), (100, 60)])
+def test_a_part_that_is_cut_short_has_not_failed(tmp_path, monkeypatch, total, seconds):
+    def command(words, seconds):
+        if "--output" in words:
+            under_way = {"checks": {"first": None}, "rows": [], "not_run": [], "under_way": "second"}
+            Path(words[-1]).write_text(json.dumps(under_way))
+        return status, "Aborted"
+
     monkeypatch.setattr(gpu_check, "SECONDS", {"memory": 60})
     monkeypatch.setattr(gpu_check, "TOTAL_SECONDS", total)
-    monkeypatch.setattr(gpu_check, "run_command", lambda command, seconds: (None, ""))
+    monkeypatch.setattr(gpu_check, "run_command", command)
     file = tmp_path / "gpu.json"
-    assert gpu_check.check("cpu", "a GPU", file, []) == status
+    status = None
+    assert gpu_check.check("cpu", "a GPU", file, []) == 0
     part = json.loads(file.read_text())["parts"]["memory"]
-    if total == 10:
-        assert part["not_run"] == ["memory: the time was up after 10 s"] and not part["checks"]
-    else:
-        assert part["checks"] == {"memory ends": "not within 60 seconds"} and not part["not_run"]
+    assert part["not_run"] == [f"memory: cut after {seconds} s, during: second"] and part["checks"] == {"first": None}
+    status = -6
+    assert gpu_check.check("cpu", "a GPU", file, []) == 1
+    part = json.loads(file.read_text())["parts"]["memory"]
+    assert part["checks"] == {"first": None, "memory ends well": "exit status -6, during: second: Aborted"}
+
+
+def test_the_first_failure_of_a_part_is_named(tmp_path, monkeypatch, capsys):
+    wrong = {"passes": None, "an illegal address": "error 700", "after it": "error 700"}
+    monkeypatch.setattr(gpu_check, "SECONDS", {"memory": 60, "overhead": 60})
+    parts = iter([{**gpu_check.empty(), "checks": wrong}, {**gpu_check.empty(), "checks": {"passes": None}}])
+    monkeypatch.setattr(gpu_check, "child", lambda *given: next(parts))
+    file = tmp_path / "gpu.json"
+    assert gpu_check.check("cpu", "a GPU", file, []) == 1
+    written = json.loads(file.read_text())["parts"]
+    assert [part["first_failure"] for part in written.values()] == ["an illegal address", None]
+    printed = capsys.readouterr().out.splitlines()
+    assert "memory: 1 of 3 checks passed; first failure: an illegal address" in printed
+    assert "overhead: 1 of 1 checks passed" in printed
+
+
+def test_a_second_piece_keeps_the_parts_of_the_first(tmp_path, monkeypatch, capsys):
+    def child(name, device, seconds):
+        return {**gpu_check.empty(), "checks": {f"a check of {name}": wrong}, "rows": [{"what": "x", "in": name}]}
+
+    def parts():
+        return {name: part["first_failure"] for name, part in json.loads(file.read_text())["parts"].items()}
+
+    monkeypatch.setattr(gpu_check, "SECONDS", {"memory": 60, "overhead": 60, "speed": 60})
+    monkeypatch.setattr(gpu_check, "child", child)
+    file = tmp_path / "gpu.json"
+    wrong = "error"
+    assert gpu_check.check("cpu", "a GPU", file, ["speed"]) == 1
+    wrong = None
+    assert gpu_check.check("cpu", "a GPU", file, ["memory"]) == 0, "of what was run now"
+    assert list(parts().items()) == [("memory", None), ("speed", "a check of speed")]
+    printed = capsys.readouterr().out
+    assert "what x, in speed" in printed.rpartition("memory: 1 of 1 checks passed")[2] and "begun anew" not in printed
+    assert gpu_check.check("cpu", "a GPU", file, ["speed"]) == 0
+    assert parts() == {"memory": None, "speed": None}
+
+    assert gpu_check.check("cpu", "another GPU", file, ["overhead"]) == 0
+    assert parts() == {"overhead": None}
+    assert f"{file}: begun anew, as what it holds is of another gpu" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_check, "code_digest", lambda: "edited")
+    assert gpu_check.check("cpu", "another GPU", file, ["memory"]) == 0
+    assert parts() == {"memory": None}
+    assert f"{file}: begun anew, as what it holds is of another code" in capsys.readouterr().out
+    file.write_text("[]")
+    assert gpu_check.check("cpu", "a GPU", file, ["memory"]) == 0
+    assert f"{file}: begun anew, as it holds no results" in capsys.readouterr().out
+    assert gpu_check.check("cpu", "a GPU", file, []) == 0
+    assert parts().keys() == {"memory", "overhead", "speed"}
+
+
+def test_a_build_that_is_cut_short_has_not_failed(monkeypatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_check, "run_command", lambda words, seconds: (None, ""))
+    assert gpu_check.build(200) == gpu_check.empty(not_run=["build: cut after 200 s"])
 
 
 def test_a_kill_leaves_the_results_of_the_last_run(tmp_path, monkeypatch):

@@ -3,12 +3,17 @@
 import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
+import threading
 import time
 
 import pytest
+from rich.console import Console
 
 from benchmarks import ablation, gpu_train, reference_positions, runs, trials
-from benchmarks.command import commit
+from benchmarks.command import commit, write_json
 from benchmarks.split_weights import join
 from model import evaluate, train
 from model.checkpoint import load_checkpoint
@@ -81,6 +86,102 @@ def test_an_evaluation_that_its_piece_is_too_short_for_begins_again_in_the_next(
 
 def test_a_command_that_hangs_is_ended():
     assert runs.call("timeit", ["-n1", "-r1", "import time; time.sleep(60)"], 2) is None
+
+
+STOPPED = "stopped; the same command goes on from here\n"
+# A command that saves and ends with 130 a second after Ctrl-C, longer than subprocess.run would wait.
+SAVES = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    pathlib.Path(sys.argv[1], "saved").touch()
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+pathlib.Path(sys.argv[1], "begun").touch()
+time.sleep(60)
+"""
+
+
+def interrupted_once_there(file):
+    """Ctrl-C for this process alone as soon as the file is there; what a terminal would tell the child is up to it."""
+    while not file.exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def child_of(module, monkeypatch):
+    """The next process that is begun, in a list."""
+    begun = []
+
+    class Begun(subprocess.Popen):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            begun.append(self)
+
+    monkeypatch.setattr(module.subprocess, "Popen", Begun)
+    return begun
+
+
+@pytest.fixture
+def saving(tmp_path, monkeypatch):
+    """The module name of a command that takes a second to save, which its own folder as the working folder finds."""
+    (tmp_path / "saving.py").write_text(SAVES)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    return "saving"
+
+
+def test_ctrl_c_waits_for_a_command_that_saves(saving, tmp_path, monkeypatch):
+    begun = child_of(runs, monkeypatch)
+
+    def both():
+        interrupted_once_there(tmp_path / "begun")
+        begun[0].send_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=both)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        runs.call(saving, [str(tmp_path)], 30)
+    thread.join()
+    assert (tmp_path / "saved").exists() and begun[0].returncode == 130
+
+
+def test_a_second_ctrl_c_ends_a_command_that_does_not(saving, tmp_path, monkeypatch):
+    begun = child_of(runs, monkeypatch)
+
+    def twice():
+        interrupted_once_there(tmp_path / "begun")
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=twice)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        runs.call(saving, [str(tmp_path)], 30)
+    thread.join()
+    assert begun[0].returncode == -signal.SIGKILL and not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("statement", ["raise SystemExit(130)", "import os; os.kill(os.getpid(), 2)"])
+def test_a_command_that_was_interrupted_alone_interrupts_the_list(tmp_path, monkeypatch, statement):
+    (tmp_path / "interrupted.py").write_text(statement)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        runs.call("interrupted", [], 30)
+
+
+def test_lists_of_runs_end_on_ctrl_c_with_a_line(data, tmp_path, monkeypatch, capsys):
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "call", stopped)
+    config = ["--config", str(gpu_train.RECIPES / "ablation-camvid.toml")]
+    out = ["--out", str(tmp_path / "out"), *TINY]
+    assert ablation.main(["--data", str(data / "camvid"), *config, *out]) == 130
+    assert capsys.readouterr().err == STOPPED
+    assert trials.main(["--data", str(data / "camvid"), *config, "--out", str(tmp_path / "trials"), "epochs=1"]) == 130
+    assert capsys.readouterr().err == STOPPED
+    assert gpu_train.main(["--data", str(data), *out]) == 130
+    assert capsys.readouterr().err == STOPPED
 
 
 def test_the_ablation_runs_every_variant_with_every_seed_once(data, tmp_path, called, capsys):
@@ -215,13 +316,13 @@ def test_a_run_that_fails_leaves_the_others_alone(data, tmp_path, monkeypatch, c
         begun.append(job.name)
         if job.name == "camvid":
             raise runs.RunError("camvid: training failed with exit status 1")
-        return len(begun) < 4
+        return True
 
     monkeypatch.setattr(gpu_train, "advance", fails_first)
     monkeypatch.setattr(gpu_train, "collect", lambda job, out: None)
     monkeypatch.setattr(gpu_train, "compare_factor", lambda data, out, until: None)
     assert gpu_train.main(["--data", str(data), "--out", str(tmp_path), *TINY]) == 2
-    assert begun == ["camvid", "msrc21", "fcn-0", "encoding-0"]
+    assert begun[:4] == ["camvid", "msrc21", "fcn-0", "encoding-0"]
     assert "error: camvid: training failed with exit status 1" in capsys.readouterr().err
     assert json.loads((tmp_path / "results" / "runs.json").read_text())["failed"]
 
@@ -242,6 +343,25 @@ def test_only_what_is_compiled_is_left_time_to_compile(data, tmp_path, monkeypat
             assert not runs.advance(job, tmp_path, time.monotonic() + 60)
 
 
+def test_what_is_too_long_for_the_rest_of_a_piece_leaves_it_to_what_is_not(data, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(runs, "call", lambda module, words, seconds: begun.append(words[words.index("--out") + 1]) or 0)
+    until = time.monotonic() + 100
+    left, failed = gpu_train.piece(data, tmp_path / "gpu", (), until, Console())
+    assert not failed and {"camvid", "msrc21"} <= set(left)
+    assert begun[0] == str(tmp_path / "gpu" / "ablation-camvid" / "fcn-0"), "the first that is not compiled"
+
+    begun.clear()
+    jobs = [
+        runs.Job(name, data / "camvid", gpu_train.RECIPES / "ablation-camvid.toml", (f"compile={name}",), {})
+        for name in ("true", "false")
+    ]
+    runs.work_off(jobs, tmp_path, until, lambda: None)
+    assert begun == [str(tmp_path / "false")]
+
+
 def test_the_commit_is_empty_where_there_is_no_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert commit() == ""
@@ -257,9 +377,9 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
     assert "5 parts are not finished; the same command goes on" in capsys.readouterr().out
     assert not called
 
-    first_piece = iter([True] * 2 + [False])
     whole_advance = runs.advance
-    monkeypatch.setattr(gpu_train, "advance", lambda *given: next(first_piece) and whole_advance(*given))
+    fits = ("camvid", "fcn-0")
+    monkeypatch.setattr(gpu_train, "advance", lambda job, *given: job.name in fits and whole_advance(job, *given))
     assert gpu_train.main(options) == 0
     assert "2 parts are not finished" in capsys.readouterr().out
     monkeypatch.setattr(gpu_train, "advance", whole_advance)
@@ -272,6 +392,8 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
     assert document["left"] == []
     assert document["runs"].keys() == {"camvid"}
     assert document["runs"]["camvid"].keys() == {"test", "test-scales"}
+    for view, means in document["means"]["camvid"].items():
+        assert means["miou"] == {"mean": document["runs"]["camvid"][view]["miou"], "std": None, "runs": 1}
     assert len(json.loads((results / "ablation-camvid.json").read_text())["rows"]) == 3
     weights = results / "camvid" / "weights"
     join(weights, tmp_path / "joined.pt")
@@ -284,6 +406,40 @@ def test_everything_for_one_gpu_is_worked_off_in_pieces(data, tmp_path, called, 
         assert [row["scale"] for row in factor[name]] == list(reference_positions.SCALES)
     assert factor["with"] != factor["without"]
     assert (results / "reference-positions.png").exists()
+
+
+def test_other_seeds_of_the_best_networks_come_last_and_give_figures_alone(data, tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def finished(job, folder, until):
+        begun.append(job.name)
+        for view in job.views:
+            miou = 0.5 + 0.1 * job.recipe().seed + (0.01 if view == "test-scales" else 0)
+            totals = dict.fromkeys(("pixel_accuracy", "class_accuracy", "presence_map"), 0.5) | {"miou": miou}
+            write_json(folder / job.name / view / "evaluation.json", {"totals": totals})
+        (folder / job.name / "final.pt").touch()
+        return True
+
+    monkeypatch.setattr(gpu_train, "SEEDS", 2)
+    monkeypatch.setattr(gpu_train, "advance", finished)
+    collected = []
+    monkeypatch.setattr(gpu_train, "collect", lambda job, out: collected.append(job.name))
+    monkeypatch.setattr(gpu_train, "compare_factor", lambda data, out, until: None)
+    options = ["--data", str(data), "--out", str(tmp_path)]
+    assert gpu_train.main([*options, *TINY]) == 0
+    ablations = [f"{variant}-{seed}" for seed in (0, 1) for variant in ablation.FOLDERS.values()]
+    assert begun == ["camvid", "msrc21", *ablations, *ablations, "camvid-1", "msrc21-1"]
+    assert collected == ["camvid", "msrc21"]
+    document = json.loads((tmp_path / "results" / "runs.json").read_text())
+    assert document["runs"].keys() == {"camvid", "camvid-1", "msrc21", "msrc21-1"}
+    assert document["runs"]["msrc21-1"]["test-scales"]["miou"] == pytest.approx(0.61)
+    means = document["means"]["camvid"]
+    deviation = pytest.approx(0.05 * math.sqrt(2))
+    assert means["test"]["miou"] == {"mean": pytest.approx(0.55), "std": deviation, "runs": 2}
+    assert means["test-scales"]["miou"] == {"mean": pytest.approx(0.56), "std": deviation, "runs": 2}
+
+    assert gpu_train.main([*options, "seed=1"]) == 2
+    assert "every run has a seed of its own" in capsys.readouterr().err
 
 
 def test_reference_positions_are_compared_only_where_there_are_some(data, tmp_path, capsys):
