@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         help="a checkpoint of this project, of PyTorch-Encoding or of mmsegmentation; "
         "for --triton-repository also an .onnx file that this command wrote",
     )
-    root.add_argument("--output", type=Path, metavar="FILE.onnx", help="the file to write")
+    root.add_argument("-o", "--output", type=Path, metavar="FILE.onnx", help="the file to write")
     root.add_argument("--core", action="store_true", help="the network alone, without resizing and merging of views")
     precision = root.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="convolutions in float16: a file of half the size")

@@ -116,7 +116,7 @@ def test_compact_halves_the_file_and_computes_in_float32(checkpoint: Path, tmp_p
 @pytest.mark.usefixtures("translated")
 def test_network_alone(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "core.onnx"
-    assert export(checkpoint, "--output", output, "--core") == 0
+    assert export(checkpoint, "-o", output, "--core") == 0
     assert "network" in capsys.readouterr().out
     model = onnx.load(output)
     assert {entry.key: entry.value for entry in model.metadata_props}["graph"] == "core"
