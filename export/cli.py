@@ -24,7 +24,7 @@ from export.errors import ExportError, ParityError
 from export.metadata import describe, properties
 from export.whole import whole_model
 from model.arguments import scales
-from model.checkpoint import MOST_BASE_SIZE, Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.checkpoint import FORMAT, MOST_BASE_SIZE, Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, read_classes
 from model.files import replacing
 from model.wording import first_line, is_text
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         help="a checkpoint of this project, of PyTorch-Encoding or of mmsegmentation; "
         "for --triton-repository also an .onnx file that this command wrote",
     )
-    root.add_argument("--output", type=Path, metavar="FILE.onnx", help="the file to write")
+    root.add_argument("-o", "--output", type=Path, metavar="FILE.onnx", help="the file to write")
     root.add_argument("--core", action="store_true", help="the network alone, without resizing and merging of views")
     precision = root.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="convolutions in float16: a file of half the size")
@@ -90,6 +90,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="scale the scene encoding as if every picture had N feature positions, those of a training crop "
         "(480x480 pixels at stride 8: 3600); 0 for the plain sum",
+    )
+    carried.add_argument(
+        "--align-corners",
+        action=argparse.BooleanOptionalAction,
+        help="whether the resizes of a published network map corner to corner, where its file does not tell "
+        "(mmsegmentation's 769x769 ones do)",
     )
     repository = root.add_argument_group("for Triton, instead of --output or beside it")
     repository.add_argument(
@@ -153,14 +159,22 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Checkpoint:
     """The checkpoint with what the command line says differently.
 
-    Raises ExportError when the number of class names does not fit or the model's name, which may be that of a file, is
-    no text, DataError for an unreadable classes file.
+    Raises ExportError when the number of class names does not fit, the model's name, which may be that of a file, is
+    no text, or the resize rule is not the one this project trained with, DataError for an unreadable classes file.
     """
     changes = {
         key: value for key in ("name", "base_size", "scales", "flip") if (value := getattr(arguments, key)) is not None
     }
-    if arguments.reference_positions is not None:
-        changes["config"] = dataclasses.replace(checkpoint.config, reference_positions=arguments.reference_positions)
+    trained, aligned = checkpoint.config.align_corners, arguments.align_corners
+    if checkpoint.source == FORMAT and aligned not in (None, trained):
+        raise ExportError(
+            f"{arguments.checkpoint}: was trained with align_corners={trained}, as it says itself; leave out "
+            f"--{'' if aligned else 'no-'}align-corners, which is for published weights whose files do not tell"
+        )
+    config = {
+        key: value for key in ("reference_positions", "align_corners") if (value := getattr(arguments, key)) is not None
+    }
+    changes["config"] = dataclasses.replace(checkpoint.config, **config)
     if arguments.classes is not None:
         changes["classes"], changes["palette"] = read_classes(arguments.classes)
         count, expected = len(changes["classes"]), checkpoint.config.num_classes
@@ -172,7 +186,17 @@ def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Check
     return changed
 
 
-FROM_A_CHECKPOINT = ("output", "fp16", "compact", "classes", "base_size", "scales", "flip", "reference_positions")
+FROM_A_CHECKPOINT = (
+    "output",
+    "fp16",
+    "compact",
+    "classes",
+    "base_size",
+    "scales",
+    "flip",
+    "reference_positions",
+    "align_corners",
+)
 
 
 def read_exported(arguments: argparse.Namespace) -> onnx.ModelProto:
@@ -228,6 +252,9 @@ def export_checkpoint(arguments: argparse.Namespace, console: Console, notes: Co
     """Translate the checkpoint, compare, and only then give the file its name, if there is to be one."""
     with notes.status("reading the checkpoint") as status:
         checkpoint = with_options(load_checkpoint(arguments.checkpoint), arguments)
+        if checkpoint.assumed and arguments.align_corners is None:
+            other = "--no-align-corners" if checkpoint.config.align_corners else "--align-corners"
+            notes.print(f"note: {checkpoint.assumed}; if not so, give {other}", markup=False, soft_wrap=True)
         network = build_model(checkpoint)
         if arguments.triton_repository is not None:
             triton.check_model(

@@ -39,7 +39,8 @@ class Checkpoint:
     mean, std: of RGB in 0..1; base_size: long side in pixels at scale 1; scales, flip: default views of inference;
     step: optimizer steps taken; training: optimizer and random state for `--resume`, else None;
     calibration: of presence, None where none was fitted; versions: of the libraries that made the weights;
-    source: the format the weights were published in; sha256: of the file they were read from, "" when made here.
+    source: the format the weights were published in; assumed: what that leaves open, in a sentence, or "";
+    sha256: of the file they were read from, "" when made here.
     """
 
     config: ModelConfig
@@ -59,6 +60,7 @@ class Checkpoint:
     versions: dict[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
     source: str = FORMAT
+    assumed: str = ""
     sha256: str = ""
 
 
@@ -117,8 +119,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of this project, of PyTorch-Encoding or of mmsegmentation, told apart by its keys.
 
-    What foreign weights do not say is assumed as model/foreign.py describes; `source` names the format. Classes are
-    called "class 0".. where the file has no names.
+    What foreign weights do not say is assumed as model/foreign.py describes; `source` names the format, and `assumed`
+    tells of what may be wrong. Classes are called "class 0".. where the file has no names.
 
     Raises CheckpointError for a file that is missing, truncated or no checkpoint, that lacks fields or weights or has
     some left over, or whose weights have wrong shapes or are not finite; the message lists what is wrong.
@@ -213,6 +215,7 @@ def _foreign(document: Mapping[str, Any], name: str) -> Checkpoint:
         name=name,
         step=found.step,
         source=found.source,
+        assumed=found.assumed,
     )
 
 

@@ -3,12 +3,13 @@
 Two formats are known: PyTorch-Encoding, the paper's authors' (`pretrained.*`, `head.encmodule.*`), and mmsegmentation
 (`backbone.*`, `decode_head.*`). The weights say how wide and deep the network is; what they cannot say is assumed:
 output stride 8, the resize rule of the publishing code (corners aligned in PyTorch-Encoding, not in mmsegmentation,
-of which only the 769x769 configurations align them), the plain sum over positions as they were trained with, and the
-base size of the publishers' usual recipe (520 and 512 pixels).
+of which only the 769x769 configurations align them; where the file has its configuration, that decides), the plain sum
+over positions as they were trained with, and the base size of the publishers' usual recipe (520 and 512 pixels).
 """
 
+import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ class Foreign(NamedTuple):
     """A foreign file in this project's terms.
 
     weights: by our keys; unknown: their keys that stand for nothing in an EncNet; table: their prefixes -> ours;
-    base_size: pixels; step: training iterations where the file tells, else 0.
+    base_size: pixels; step: training iterations where the file tells, else 0; assumed: a sentence about a resize rule
+    that the file does not tell, else "".
     """
 
     source: str
@@ -40,6 +42,7 @@ class Foreign(NamedTuple):
     palette: list[list[int]]
     base_size: int
     step: int
+    assumed: str
 
 
 def read_foreign(document: Mapping[str, Any]) -> Foreign:
@@ -69,18 +72,19 @@ def read_foreign(document: Mapping[str, Any]) -> Foreign:
     ]
     if numbers:
         raise ValueError(f"single numbers where tensors belong: {listing(numbers)}")
-    config = infer_config(weights, align_corners=source == PYTORCH_ENCODING)
+    meta = document.get("meta")
+    meta = meta if isinstance(meta, Mapping) else {}
+    align_corners, assumed = resize_rule(source, meta)
+    config = infer_config(weights, align_corners)
     if source == MMSEGMENTATION and "backbone.layer1.0.conv3.weight" not in weights:
         raise ValueError(
             f"an EncNet of {source} on ResNet-18 or -34, which dilates only the first convolution of a block where "
             "networks here dilate both; its weights would compute something else"
         )
-    meta = document.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
     classes, palette = described_classes(meta, config.num_classes)
     step = meta.get("iter")
     step = step if isinstance(step, int) else 0
-    return Foreign(source, config, weights, unknown, table, classes, palette, BASE_SIZES[source], step)
+    return Foreign(source, config, weights, unknown, table, classes, palette, BASE_SIZES[source], step, assumed)
 
 
 def unwrap(document: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -225,6 +229,42 @@ def backbone_name(weights: Mapping[str, Tensor]) -> str:
         found = "-".join(map(str, widths)) or "nothing"
         raise ValueError(f"a stem of {found} channels is neither a 7x7 convolution nor one of {known}")
     return f"resnet{depth}{stem}"
+
+
+def resize_rule(source: str, meta: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether the network aligns corners, and a sentence where that is the publishers' usual rule for want of better.
+
+    meta: mmsegmentation's, whose `config` (from version 1 on `cfg`) is the text of the training's configuration.
+    """
+    texts = [meta.get(key) for key in ("config", "cfg")] if source == MMSEGMENTATION else []
+    said = {value for text in texts if isinstance(text, str) for value in said_of_corners(text)}
+    if len(said) == 1:
+        return said.pop(), ""
+    usual = source == PYTORCH_ENCODING
+    why = "the configuration in the file says both" if said else "the file does not say"
+    exception = ", but for 769x769" if source == MMSEGMENTATION else ""
+    return usual, f"align_corners={usual} is assumed, as {source} has it{exception}: {why}"
+
+
+def said_of_corners(config: str) -> set[bool]:
+    """Each `align_corners` of a `decode_head` in a configuration in Python's syntax, which is parsed and never run."""
+    try:
+        nodes = list(ast.walk(ast.parse(config)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of nesting without end
+        return set()
+    heads = [value for node in nodes for key, value in _entries(node) if key == "decode_head"]
+    values = [value for head in heads for key, value in _entries(head) if key == "align_corners"]
+    return {value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, bool)}
+
+
+def _entries(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
+    """Keys and values of `dict(key=value)` or `{"key": value}`."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        yield from ((keyword.arg, keyword.value) for keyword in node.keywords)
+    elif isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant):
+                yield str(key.value), value
 
 
 def described_classes(meta: Mapping[str, Any], num_classes: int) -> tuple[list[str], list[list[int]]]:

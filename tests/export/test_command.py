@@ -15,11 +15,13 @@ import torch
 from networks import copy_of, exported_network, pictures, small_checkpoint, small_network
 
 from export import cli, parity
-from export.errors import ParityError
+from export.errors import ExportError, ParityError
 from export.parity import Case, Comparison, largest_error
 from export.whole import subgraphs
 from model.calibration import Calibration
-from model.checkpoint import load_checkpoint, save_checkpoint
+from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from model.encnet import EncNet
+from model.foreign import MMSEGMENTATION, inverse, rename, renaming
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,11 +118,64 @@ def test_compact_halves_the_file_and_computes_in_float32(checkpoint: Path, tmp_p
 @pytest.mark.usefixtures("translated")
 def test_network_alone(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "core.onnx"
-    assert export(checkpoint, "--output", output, "--core") == 0
+    assert export(checkpoint, "-o", output, "--core") == 0
     assert "network" in capsys.readouterr().out
     model = onnx.load(output)
     assert {entry.key: entry.value for entry in model.metadata_props}["graph"] == "core"
     assert [value.name for value in model.graph.output] == ["logits", "presence_logits"]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of mmsegmentation without their configuration."""
+    state = small_network(backbone="resnet50").state_dict()
+    table = inverse(renaming(MMSEGMENTATION, deep_stem=False))
+    path = tmp_path_factory.mktemp("published") / "theirs.pth"
+    torch.save({"meta": {}, "state_dict": {rename(key, table): value for key, value in state.items()}}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "aligned", "noted"),
+    [([], False, True), (["--align-corners"], True, False), (["--no-align-corners"], False, False)],
+    ids=["assumed", "aligned", "apart"],
+)
+def test_the_resize_rule_of_published_weights_can_be_told(
+    published: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    aligned: bool,
+    noted: bool,
+) -> None:
+    built = []
+
+    def build(checkpoint: Checkpoint) -> EncNet:
+        built.append(checkpoint.config.align_corners)
+        raise ExportError("enough for the test")
+
+    monkeypatch.setattr(cli, "build_model", build)
+    assert export(published, "--output", tmp_path / "theirs.onnx", *options) == 2
+    assert built == [aligned]
+    note = (
+        "note: align_corners=False is assumed, as mmsegmentation has it, but for 769x769: the file does not say; "
+        "if not so, give --align-corners\n"
+    )
+    error = capsys.readouterr().err
+    assert (note in error, "assumed" in error) == (noted, noted)
+
+
+def test_the_resize_rule_of_a_checkpoint_of_ours_stands(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same rule may be named; an assumption is never told of."""
+    sentence = refused(capsys, tmp_path, checkpoint, "--no-align-corners")
+    assert "was trained with align_corners=True" in sentence
+    same = cli.parser().parse_args([str(checkpoint), "--align-corners"])
+    loaded = load_checkpoint(checkpoint)
+    assert not loaded.assumed
+    assert cli.with_options(loaded, same).config == loaded.config
 
 
 @pytest.mark.parametrize(

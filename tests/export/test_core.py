@@ -13,6 +13,7 @@ from export.core import Network
 from export.half import convolutions_to_half
 from export.parity import session
 from model.encnet import EncNet
+from service import kernels
 
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -92,6 +93,11 @@ def test_half_precision(exported: tuple[EncNet, onnx.ModelProto]) -> None:
     onnx.checker.check_model(half, full_check=True)
     assert half.ByteSize() < 0.52 * single.ByteSize()
     kinds = {t.name: t.data_type for t in half.graph.initializer}
+    makers = {name: node for node in half.graph.node for name in node.output}
+    (encoding,) = [node for node in half.graph.node if node.op_type == "Encoding"]
+    rectified = makers[encoding.input[0]]
+    assert (rectified.op_type, makers[rectified.input[0]].op_type) == ("Relu", "Conv"), "no copy in float32 between"
+    assert [kinds[name] for name in encoding.input[1:]] == [onnx.TensorProto.FLOAT] * 2
     for node in half.graph.node:
         if node.op_type == "Conv":
             assert kinds[node.input[1]] == onnx.TensorProto.FLOAT16
@@ -101,6 +107,21 @@ def test_half_precision(exported: tuple[EncNet, onnx.ModelProto]) -> None:
         logits, presence = largest_difference(network, half, *size)
         assert logits < 0.1
         assert presence < 0.1
+
+
+@pytest.mark.skipif(not kernels.LIBRARY.exists(), reason="no compiled kernel (make kernels)")
+def test_the_compiled_kernel_takes_features_in_half_precision() -> None:
+    """Its answers are those of the body in the file, far closer than half precision is to full."""
+    half = copy_of(exported_network()[1])
+    convolutions_to_half(half.graph)
+    data = half.SerializeToString()
+    image = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(3)).numpy()
+    with_body, with_kernel = (
+        session(data, library).run(["logits", "presence_logits"], {"image": image})
+        for library in (None, kernels.LIBRARY)
+    )
+    for found, expected in zip(with_kernel, with_body, strict=True):
+        numpy.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_half_keeps_an_initializer_that_others_read() -> None:

@@ -486,6 +486,7 @@ def test_options_that_do_not_go_together(tiny_file: Path, tmp_path: Path, capsys
         ([], "nothing to write"),
         (["--output", tmp_path / "again.onnx"], "is exported already: --output"),
         (["--triton-repository", models, "--fp16", "--no-flip"], "--fp16, --flip"),
+        (["--triton-repository", models, "--no-align-corners"], "--align-corners can only be had from its checkpoint"),
         (["--triton-repository", models, "--core"], "leave out --core"),
         (["--triton-repository", models, "--triton-mount", "models"], "full path"),
         (["--output", tmp_path / "again.onnx", "--triton-mount", "/models"], "--triton-repository"),

@@ -256,6 +256,56 @@ def test_mmsegmentation_says_its_classes_and_leaves_numpy_scalars(tmp_path):
     assert (checkpoint.step, checkpoint.base_size) == (80000, 512)
 
 
+MM_TEXT = """norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    type='EncoderDecoder',
+    decode_head=dict(type='EncHead', {head}loss_decode=dict(type='CrossEntropyLoss')),
+    auxiliary_head=dict(type='FCNHead', align_corners=False),
+    test_cfg=dict(mode='slide', crop_size=(769, 769)))
+"""
+ALIGNED, APART = MM_TEXT.format(head="align_corners=True, "), MM_TEXT.format(head="align_corners=False, ")
+
+
+@pytest.mark.parametrize(
+    ("meta", "aligned", "why"),
+    [
+        ({"config": ALIGNED}, True, ""),
+        ({"config": APART}, False, ""),
+        ({"cfg": ALIGNED}, True, ""),
+        ({"config": 'model = {"decode_head": {"align_corners": True, **more}}'}, True, ""),
+        ({}, False, "the file does not say"),
+        ({"config": MM_TEXT.format(head="")}, False, "the file does not say"),
+        ({"config": MM_TEXT.format(head="align_corners=aligned, ")}, False, "the file does not say"),
+        ({"config": "decode_head=dict(align_corners=True"}, False, "the file does not say"),
+        ({"config": "# decode_head=dict(align_corners=True)"}, False, "the file does not say"),
+        ({"config": "-" * 1_000_000 + "1"}, False, "the file does not say"),
+        ({"config": "1" + "+1" * 100_000}, False, "the file does not say"),
+        ({"config": "\ud800"}, False, "the file does not say"),
+        ({"config": {"model": 1}}, False, "the file does not say"),
+        ({"config": ALIGNED + APART}, False, "the configuration in the file says both"),
+    ],
+)
+def test_mmsegmentations_configuration_says_whether_corners_are_aligned(meta, aligned, why):
+    found = read_foreign({"meta": meta, "state_dict": zeros(CONFIG, MMSEGMENTATION)})
+    assert found.config.align_corners is aligned
+    assert found.assumed == (
+        why and f"align_corners=False is assumed, as mmsegmentation has it, but for 769x769: {why}"
+    )
+
+
+def test_a_configuration_is_never_run(tmp_path):
+    config = f"open({str(tmp_path / 'ran')!r}, 'w')\n{ALIGNED}"
+    assert read_foreign({"meta": {"config": config}, "state_dict": zeros(CONFIG, MMSEGMENTATION)}).config.align_corners
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_authors_networks_align_corners_whatever_a_configuration_says(tmp_path):
+    document = {"meta": {"config": APART}, "state_dict": zeros(CONFIG, PYTORCH_ENCODING)}
+    checkpoint = load_checkpoint(save(tmp_path / "theirs.pth", document))
+    assert checkpoint.config.align_corners
+    assert checkpoint.assumed == "align_corners=True is assumed, as PyTorch-Encoding has it: the file does not say"
+
+
 def test_classes_of_the_newer_meta_and_classes_that_do_not_fit():
     new = {"dataset_meta": {"classes": ("a", "b"), "palette": [(1, 2, 3), (4, 5, 6)]}}
     assert described_classes(new, 2) == (["a", "b"], [[1, 2, 3], [4, 5, 6]])
