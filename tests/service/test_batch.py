@@ -405,6 +405,20 @@ def test_a_link_is_its_picture_and_one_to_nowhere_is_told(photos: Path) -> None:
     assert segmented(result) == [f"{photos}/a.png", f"{photos}/b.png"]
 
 
+def test_a_pipe_is_refused_and_not_waited_for(photos: Path) -> None:
+    os.mkfifo("p.jpg")
+    os.mkfifo(photos / "c.png")
+    (photos / "d.png").symlink_to("c.png")
+    with start("p.jpg", "photos") as process:
+        said, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    refused = ["p.jpg", "photos/c.png", "photos/d.png"]
+    lines = "".join(f"{name}: this is no file, but a pipe, socket or device\n" for name in refused)
+    assert error.decode() == f"{lines}error: 3 of 5 inputs failed\n"
+    assert said.count(b" -> segmented/") == 2
+    assert [(fault["file"], fault["code"]) for fault in summary()["errors"]] == [(name, "unreadable") for name in refused]
+
+
 def test_the_same_picture_twice_is_one(photos: Path) -> None:
     twice = [photos / "a.png", photos, photos / "." / "a.png"]
     assert find_pictures(twice) == ([Found(photos / "a.png"), Found(photos / "b.png")], [])
