@@ -3,11 +3,13 @@
 An output folder holds
 
     NAME.mask.png, NAME.overlay.jpg   for each picture, in subfolders like those the pictures were found in
-    presence.jsonl                    the record: one line for each picture, appended once its files are complete
+    presence.jsonl                    the record: one line for each picture, appended once its files are complete, and
+                                      until a run ends another for each that was begun
     presence.json, presence.csv       the record as one document and as one table, made when a run ends
 
 A picture is done when the record has it as it is now (size and time of change), made by the same model with the same
-options, and its files have the sizes they were written with. Files appear whole or not at all.
+options, and its files have the sizes they were written with. Files appear whole or not at all. A file that the record
+does not know is somebody else's: a picture that would replace it is refused, unless the run may overwrite.
 
 The table is long, a row for each picture and class: it takes models of any number of classes and all of a row's
 figures, and it is what spreadsheets pivot and data frames group.
@@ -18,7 +20,7 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -64,6 +66,7 @@ class Run:
     settings: Settings
     options: Options
     overlay: bool
+    overwrite: bool = False
     device: Lock = field(default_factory=Lock)
 
     @property
@@ -80,6 +83,10 @@ class Run:
             "max_side": self.options.max_side,
         }
 
+    def outputs(self, job: Job) -> list[str]:
+        """The files that are written for a picture."""
+        return [job.name + end for end in ((MASK_SUFFIX, OVERLAY_SUFFIX) if self.overlay else (MASK_SUFFIX,))]
+
     @property
     def plan(self) -> Plan:
         """How each picture is segmented."""
@@ -88,13 +95,13 @@ class Run:
 
 
 def plan(pictures: Sequence[Found], record: Record) -> list[Job]:
-    """A job for each picture: outputs that are recorded keep their names, the others take names that are free."""
+    """A job for each picture: outputs in the record keep their names, the others take names that are free."""
     folder = os.path.realpath(record.folder)
     sources = [
         printable(os.path.relpath(os.path.realpath(file), folder) if isinstance(file, Path) else str(file))
         for file in (picture.file for picture in pictures)
     ]
-    names = {source: done.name for source, done in record.done.items()}
+    names = record.names()
     new = [index for index, source in enumerate(sources) if source not in names]
     for index, name in zip(new, output_names([pictures[index] for index in new], names.values()), strict=True):
         names[sources[index]] = name
@@ -120,11 +127,12 @@ def segment_pictures(jobs: Sequence[Job], run: Run, record: Record) -> Iterator[
     One picture is on the device at a time, while others are decoded and written.
     """
     remove_parts(jobs, record.folder)
+    free = yield from refuse_to_replace(jobs, run, record)
     earlier: dict[str, set[str]] = {}
 
     def taken_back() -> Iterator[Job]:
-        for job in jobs:
-            earlier[job.source] = record.take_back(job.source)
+        for job in free:
+            earlier[job.source] = record.take_back(job.source, job.name, run.outputs(job))
             yield job
 
     for job, outcome in write_pictures(taken_back(), run, record.folder):
@@ -132,6 +140,25 @@ def segment_pictures(jobs: Sequence[Job], run: Run, record: Record) -> Iterator[
         if not isinstance(outcome, InputError):
             record.replace(before, outcome)
         yield job, outcome
+
+
+def refuse_to_replace(
+    jobs: Iterable[Job], run: Run, record: Record
+) -> Generator[tuple[Job, InputError], None, list[Job]]:
+    """Yields the jobs that would replace files which the record does not know, each with what is wrong with that.
+
+    Returns the others; all of them where the run may overwrite.
+    """
+    free = []
+    for job in jobs:
+        unknown = [name for name in run.outputs(job) if name not in record.files(job.source)]
+        foreign = [name for name in unknown if os.path.lexists(record.folder / name)]
+        if foreign and not run.overwrite:
+            text = f"{foreign[0]} is there already, and not in the record of the output folder; --overwrite replaces it"
+            yield job, InputError("not_ours", text)
+        else:
+            free.append(job)
+    return free
 
 
 def write_pictures(jobs: Iterable[Job], run: Run, folder: Path) -> Iterator[tuple[Job, Entry | InputError]]:
@@ -224,7 +251,7 @@ def write_tables(jobs: Sequence[Job], run: Run, record: Record, errors: Sequence
     run. A picture whose outputs are gone is dropped from the record.
     """
     for source in [source for source in record.done if not record.is_complete(source)]:
-        record.take_back(source)
+        record.take_back(source, record.done[source].name, ())
     made_with = run.made_with
     sources = dict.fromkeys([*(job.source for job in jobs), *record.done])
     covered = [source for source in sources if source in record.done and record.done[source].made_with == made_with]

@@ -52,8 +52,9 @@ def segment_pictures(
 def _segment_wave(
     jobs: Sequence[batch.Job], run: batch.Run, record: Record, layout: Layout
 ) -> Iterator[tuple[batch.Job, Entry | InputError]]:
-    earlier = {job.source: record.take_back(job.source) for job in jobs}
-    left = dict(enumerate(jobs))
+    free = yield from batch.refuse_to_replace(jobs, run, record)
+    earlier = {job.source: record.take_back(job.source, job.name, run.outputs(job)) for job in free}
+    left = dict(enumerate(free))
     for shard in (SHARD, 1):
         for index, outcome in _outcomes(left, shard, run, record.folder, layout):
             job = left.pop(index, None)

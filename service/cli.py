@@ -205,7 +205,11 @@ def segment(
         bool, typer.Option("--recursive", "-r", help="Take the pictures in subfolders too, into subfolders alike.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Segment again what was done before in the same way.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Segment again what was done before in the same way, and replace files that others made.",
+        ),
     ] = False,
     model: ModelOption = None,
     scales: ScalesOption = "",
@@ -231,7 +235,8 @@ def segment(
 
     For NAME.jpg this writes NAME.mask.png (pixel value = class id), NAME.overlay.jpg, an entry in presence.json and a
     row for each class in presence.csv. Where two pictures share a NAME, the files are called after the whole file name,
-    numbered if that is shared too. A picture that cannot be used is reported, the others go on, and the exit code is 1.
+    numbered if that is shared too. A picture that cannot be used, or would replace a file that this command did not
+    make, is reported, the others go on, and the exit code is 1.
 
     Stopped at any point, even by kill -9, the same command goes on from there: what is done, with this model, these
     options and the picture unchanged, is not done again. presence.jsonl keeps the record, a line for each picture.
@@ -268,7 +273,7 @@ def segment(
     if not pictures:
         _fail("no pictures to segment")
     inputs = len(pictures) + len(errors)
-    run = batch.Run(_load(settings), settings, options, overlay)
+    run = batch.Run(_load(settings), settings, options, overlay, overwrite)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container's first process would not be ended by it
     try:
         with open_record(output) as record:

@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 import onnxruntime as ort
 
+from service import logs
 from service.cost import CostModel, Work
 from service.engine import Engine, Plan, Segmentation, Stopped
 from service.errors import Refusal
@@ -41,6 +42,7 @@ class Job:
     """One picture on its way: uint8 (H, W, 3), its plan, its work, and when it is of no use any more (monotonic).
 
     `alone`: no other picture was on its way to the device when this one came. `abandoned`: see Device.abandon.
+    `request_id` is that of the request under which the job was made.
     """
 
     image: np.ndarray
@@ -51,6 +53,7 @@ class Job:
     abandoned: bool = False
     done: "Future[tuple[Segmentation, float]]" = field(default_factory=Future)
     queued: float = field(default_factory=time.monotonic)
+    request_id: str = field(default_factory=logs.request_id.get)
 
 
 @dataclass(eq=False)
@@ -254,6 +257,7 @@ class Device:
 
     def _run(self, engine: Engine, run: _Run, jobs: list[Job]) -> None:
         """Run these jobs of the run, which are all of it or its first."""
+        logs.request_id.set(_request_ids(jobs))
         run_together = engine.run_beside if run.beside and engine.lanes > 1 else engine.run
         try:
             answers = run_together([job.image for job in jobs], jobs[0].plan, run.options)
@@ -330,11 +334,17 @@ class Device:
         while self.state not in ("failed", "closed"):
             with self._wake:
                 now = time.monotonic()
-                hung = [run.thread for run in self._runs if now > run.hangs_from]
-            for thread in hung:
+                hung = [(run.thread, _request_ids(run.jobs)) for run in self._runs if now > run.hangs_from]
+            for thread, ids in hung:
+                logs.request_id.set(ids)
                 _log.error("a run hangs; its thread is given up")
                 self._die(thread, "a run hung", TimeoutError("a run hung"))
             time.sleep(min(0.25, self._hang_seconds / 4))
+
+
+def _request_ids(jobs: list[Job]) -> str:
+    """The ids of the jobs' requests, under which what becomes of their run is logged."""
+    return ",".join(dict.fromkeys(job.request_id for job in jobs))
 
 
 def _wanted(job: Job) -> bool:

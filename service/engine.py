@@ -22,7 +22,7 @@ HOW_TO_EXPORT = "`python -m export CHECKPOINT --output FILE.onnx` makes a file t
 
 _INPUTS = {"image": "tensor(uint8)", "scales": "tensor(float)", "flip": "tensor(bool)"}
 _OUTPUTS = ("mask", "presence", "probabilities")
-_ERRORS_ONLY = 3  # ONNX Runtime's log level
+_ERRORS_ONLY, _FATAL_ONLY = 3, 4  # ONNX Runtime's log levels
 _KEPT_PIXELS = 2_000_000  # of a run whose memory is kept for the next
 _GIVE_MEMORY_BACK = ("memory.enable_memory_arena_shrinkage", "cpu:0")  # at the end of a run
 _GREY = np.full((64, 64, 3), 128, np.uint8)
@@ -254,6 +254,7 @@ class Engine:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
         options = options or ort.RunOptions()
+        options.log_severity_level = _FATAL_ONLY  # a failure is raised, and a run that is told to stop is none
         started = time.perf_counter()
         try:
             if plan.window:

@@ -29,7 +29,7 @@ def find_pictures(paths: Sequence[Path], recursive: bool = False) -> tuple[list[
     """Files as given and the pictures in folders, each once; and an error for each path that has none.
 
     In a folder, files are taken by their suffix; this program's own outputs and what is hidden are left out. Links to
-    folders are not followed.
+    folders are not followed. A pipe or a device is an error: whoever opens it may wait for ever.
     """
     found: dict[str, Found] = {}
     errors: list[dict[str, str]] = []
@@ -47,7 +47,10 @@ def find_pictures(paths: Sequence[Path], recursive: bool = False) -> tuple[list[
         else:
             inside = [Found(path)]
         for picture in inside:
-            found.setdefault(os.path.realpath(picture.file), picture)
+            if _is(picture.file.exists) and not picture.file.is_file():
+                errors.append(entry_error(picture.file, "unreadable", "this is no file, but a pipe, socket or device"))
+            else:
+                found.setdefault(os.path.realpath(picture.file), picture)
     return list(found.values()), errors
 
 
@@ -55,7 +58,7 @@ def _pictures_in(folder: Path, recursive: bool, faults: list[OSError]) -> Iterat
     for parent, folders, names in os.walk(folder, onerror=faults.append):
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
         for file in (Path(parent, name) for name in sorted(names)):
-            if is_picture_name(file) and (_is(file.is_file) or file.is_symlink()):  # one to nowhere is told of later
+            if is_picture_name(file):
                 yield Found(file, file.parent.relative_to(folder))
 
 

@@ -480,14 +480,19 @@ def check_json_elements(name: str, count: int, most: int) -> None:
 
 
 def accepted_encoding(accept_encoding: str) -> str | None:
-    """The compression that an Accept-Encoding header prefers among gzip and deflate; None for an uncompressed body."""
-    best, best_quality = None, 0.0
+    """What an Accept-Encoding header prefers among gzip, deflate and (None) an uncompressed body: RFC 9110, 12.5.3.
+
+    An uncompressed body has the weight of `identity` or `*`, or the least where the header names neither; it wins ties.
+    """
+    weights: dict[str, float] = {}
     for entry in accept_encoding.split(","):
         name, *parameters = (part.strip().lower() for part in entry.split(";"))
-        quality = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
-        if name in _WINDOW_BITS and re.fullmatch(r"[01](\.[0-9]{0,3})?", quality) and float(quality) > best_quality:
-            best, best_quality = name, float(quality)
-    return best
+        weight = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
+        if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight):
+            weights[name] = float(weight)
+    listed = [name for name in weights if name in _WINDOW_BITS]
+    best = max(["identity", *listed, *_WINDOW_BITS], key=lambda name: weights.get(name, weights.get("*", 0.0)))
+    return None if best == "identity" else best
 
 
 def compress(body: bytes, encoding: str) -> bytes:

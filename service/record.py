@@ -1,13 +1,14 @@
 """The record of an output folder, presence.jsonl: which pictures are done, into which files, and what is in them.
 
-A line is appended for a picture once its files are complete. A picture's line is taken back before its files are
-replaced, so the record never speaks of files that are not there.
+A line is appended for a picture once its files are complete. Before they are written, another one takes back what was
+said of the picture and names the files: so the record never vouches for files that are not there, and knows, whenever a
+run is killed, which of those that are there are its own.
 """
 
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,14 @@ class Done:
     length: int
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What the record knows of a picture that is not done: the files that it may have, of this or an earlier run."""
+
+    name: str
+    files: Sequence[str]
+
+
 class Record:
     """The record of an output folder: what is done, on disk at once and never half.
 
@@ -48,6 +57,7 @@ class Record:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.done: dict[str, Done] = {}  # by source, oldest first
+        self.begun: dict[str, Begun] = {}
         self._path = folder / RECORD
         self._lines = 0
         self._file = self._path.open("a+b")
@@ -67,8 +77,11 @@ class Record:
         self._lines += 1
         try:
             entry = json.loads(line)
-            source, facts = entry["source"], entry.get("done")
+            source, facts, begun = entry["source"], entry.get("done"), entry.get("begun")
             self.done.pop(source, None)
+            self.begun.pop(source, None)
+            if begun is not None:
+                self.begun[source] = Begun(**begun)
             if facts is not None:
                 name = entry["mask"].removesuffix(MASK_SUFFIX)
                 self.done[source] = Done(name, **facts, offset=offset, length=len(line))
@@ -87,13 +100,25 @@ class Record:
         line = json_line(entry)
         self._take(line, self._append(line))
 
-    def take_back(self, source: str) -> set[str]:
-        """Forget a picture, before its files are replaced; the names of those it had."""
-        done = self.done.get(source)
-        if done is None:
-            return set()
-        self.add({"source": source})
-        return set(done.files)
+    def names(self) -> dict[str, str]:
+        """Under which name each picture has, or may have, its files."""
+        done = {source: picture.name for source, picture in self.done.items()}
+        return done | {source: picture.name for source, picture in self.begun.items()}
+
+    def files(self, source: str) -> set[str]:
+        """The files that a picture has, or may have."""
+        known = self.done.get(source) or self.begun.get(source)
+        return set(known.files) if known else set()
+
+    def take_back(self, source: str, name: str, files: Iterable[str]) -> set[str]:
+        """A picture is not done any more, and these files are about to be written for it; returns those it had.
+
+        One that is there and is not among those is not taken for the picture's before the picture is done.
+        """
+        before = self.files(source)
+        new = {file for file in files if not os.path.lexists(self.folder / file)}
+        self.add({"source": source, "begun": {"name": name, "files": sorted(before | new)}})
+        return before
 
     def replace(self, before: Iterable[str], entry: Entry) -> None:
         """Record a picture whose files are complete, and remove those of `before` that it no longer has."""
@@ -116,9 +141,15 @@ class Record:
 
     def compact(self) -> None:
         """Drop the lines that no longer count."""
-        if self._lines != len(self.done):
+        begun = {
+            source: {"name": picture.name, "files": there}
+            for source, picture in self.begun.items()
+            if (there := [name for name in picture.files if os.path.lexists(self.folder / name)])
+        }
+        if self._lines != len(self.done) + len(begun):
             with whole(self._path) as file:
                 file.writelines(map(self.line, self.done))
+                file.writelines(json_line({"source": source, "begun": facts}) for source, facts in begun.items())
 
     def close(self) -> None:
         """Let go of the file."""

@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "camvid.onnx"
 
 ENCODED = "_encoded"  # ends the name under which the Open Inference Protocol's face takes picture files
+_STATISTICS = "stats"  # of all models, under /v2/models where else a model's name stands
 PILLOW_PIXEL_GUARD = 178_956_970  # Pillow refuses larger pictures by itself, as decompression bombs
 
 
@@ -140,6 +141,8 @@ class Settings(BaseSettings):
             raise ValueError(f"models: the name {self.model.stem} is that of model {self.model}; choose another")
         if own := [name for name in (self.model.stem, *self.models) if name.endswith(ENCODED)]:
             raise ValueError(f"the model name {own[0]!r} must not end in {ENCODED}: such names are taken under /v2")
+        if _STATISTICS in (self.model.stem, *self.models):
+            raise ValueError(f"the model name {_STATISTICS!r} is taken under /v2, by the statistics; choose another")
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError(f"timeout_ms {self.timeout_ms} is above max_timeout_ms {self.max_timeout_ms}")
         return self

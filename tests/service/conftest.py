@@ -11,6 +11,7 @@ import pytest
 from onnx import helper
 from tiny_model import METADATA, PALETTE, tiny_model
 
+from service import logs
 from service.app import create_app
 from service.engine import Engine
 from service.models import Models
@@ -51,6 +52,13 @@ def engine(model_file: Path) -> Engine:
 @pytest.fixture
 def settings(model_file: Path) -> Settings:
     return Settings(model=model_file, device="cpu", threads=1)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What is logged, each record with its request id as in the service's own log."""
+    with caplog.filtering(logs.WithRequestId()):
+        yield caplog
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from service.cli import cli
 from service.engine import Engine
 from service.files import whole
 from service.folders import Found, find_pictures, output_names
-from service.record import open_record
+from service.record import Record, open_record
 
 ROOT = Path(service.__file__).parents[1]
 MODEL_VARIABLES = ("ENCNET_MODEL", "ENCNET_DEVICE", "ENCNET_THREADS")
@@ -145,7 +146,11 @@ def test_who_stops_reading_is_not_told_of_the_output_folder(noise: dict[str, np.
 def test_a_record_cut_short_costs_one_picture(photos: Path) -> None:
     segment(photos)
     record = Path("segmented/presence.jsonl")
-    record.write_bytes(record.read_bytes()[:-20])
+    *_, last = record.read_bytes().splitlines()
+    with open_record(Path("segmented")) as kept:
+        kept.take_back(json.loads(last)["source"], "b", ())
+    with record.open("ab") as file:
+        file.write(last[:-20])
     assert segmented(segment(photos)) == [f"{photos}/b.png"]
     assert covered() == [f"{photos}/a.png", f"{photos}/b.png"]
     assert segmented(segment(photos)) == []
@@ -155,15 +160,79 @@ def test_a_picture_taken_back_and_then_killed_is_not_done(photos: Path) -> None:
     segment(photos)
     with open_record(Path("segmented")) as record:
         first = next(iter(record.done))
-        assert record.take_back(first) == {"a.mask.png", "a.overlay.jpg"}
+        assert record.take_back(first, "a", ()) == {"a.mask.png", "a.overlay.jpg"}
     assert segmented(segment(photos)) == [f"{photos}/a.png"]
+
+
+def test_files_that_a_killed_run_had_no_time_to_record_are_replaced(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "replace", Mock(side_effect=KeyboardInterrupt))
+        assert segment(photos).exit_code == 130
+    assert Path("segmented/a.mask.png").exists()
+    with open_record(Path("segmented")) as record:
+        assert not record.done
+    result = segment(photos)
+    assert (result.exit_code, segmented(result)) == (0, [f"{photos}/a.png", f"{photos}/b.png"]), result.output
+
+
+def test_files_of_a_picture_that_failed_since_are_replaced_once_it_is_mended(photos: Path) -> None:
+    whole_picture = (photos / "a.png").read_bytes()
+    segment(photos)
+    (photos / "a.png").write_bytes(whole_picture[:60])
+    for _ in range(2):
+        assert segment(photos).exit_code == 1
+    (photos / "a.png").write_bytes(whole_picture)
+    result = segment(photos)
+    assert (result.exit_code, segmented(result)) == (0, [f"{photos}/a.png"]), result.output
+
+
+# ---- files of others
+
+
+@pytest.mark.parametrize("taken", ["a.mask.png", "a.overlay.jpg"])
+def test_a_file_that_others_made_is_kept_unless_it_may_be_overwritten(photos: Path, taken: str) -> None:
+    ground_truth = photos / taken
+    ground_truth.write_bytes(b"weeks of work")
+    for _ in range(2):
+        result = segment(photos, "--output", photos)
+        assert result.exit_code == 1
+        said = f"{taken} is there already, and not in the record of the output folder; --overwrite replaces it"
+        assert f"{photos}/a.png: {said}\nerror: 1 of 2 inputs failed\n" in result.stderr
+        assert ground_truth.read_bytes() == b"weeks of work"
+        assert covered(str(photos)) == [f"{photos}/b.png"]
+        assert [error["code"] for error in summary(str(photos))["errors"]] == ["not_ours"]
+    assert segment(photos, "--output", photos, "--overwrite").exit_code == 0
+    Image.open(ground_truth).load()
+    assert len(segmented(segment(photos, "--output", photos, "--flip"))) == 2, "now it is ours"
+
+
+def test_a_file_that_may_be_overwritten_is_not_ours_before_it_is(photos: Path) -> None:
+    ground_truth = photos / "a.mask.png"
+    ground_truth.write_bytes(b"weeks of work")
+    whole_picture = (photos / "a.png").read_bytes()
+    (photos / "a.png").write_bytes(whole_picture[:60])
+    assert "the PNG file is cut short" in segment(photos, "--output", photos, "--overwrite").stderr
+    (photos / "a.png").write_bytes(whole_picture)
+    assert "a.mask.png is there already" in segment(photos, "--output", photos).stderr
+    assert ground_truth.read_bytes() == b"weeks of work"
+
+
+def test_an_overlay_that_others_made_is_no_matter_to_a_run_without_overlays(photos: Path) -> None:
+    Path("segmented").mkdir()
+    Path("segmented/a.overlay.jpg").write_bytes(b"weeks of work")
+    assert segment(photos, "--no-overlay").exit_code == 0
+    assert "a.overlay.jpg is there already" in segment(photos).stderr
+    assert Path("segmented/a.overlay.jpg").read_bytes() == b"weeks of work"
+    assert covered() == [f"{photos}/a.png", f"{photos}/b.png"], "what was recorded of the picture still holds"
 
 
 def test_a_picture_that_was_stopped_between_its_files_is_not_done(photos: Path) -> None:
     """The mask is replaced, the overlay cannot be: the record must not vouch for the mask with its old options."""
     segment(photos, "--no-overlay")
     Path("segmented/a.overlay.jpg").mkdir()
-    result = segment(photos, "--flip")
+    result = segment(photos, "--flip", "--overwrite")
     assert result.exit_code == 1
     assert "cannot write to segmented" in result.stderr
     assert f"{photos}/a.png" in segmented(segment(photos, "--no-overlay"))
@@ -403,6 +472,22 @@ def test_a_link_is_its_picture_and_one_to_nowhere_is_told(photos: Path) -> None:
     assert result.exit_code == 1
     assert f"{photos}/lost.png: the file cannot be read: No such file" in result.stderr
     assert segmented(result) == [f"{photos}/a.png", f"{photos}/b.png"]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(photos: Path) -> None:
+    os.mkfifo("p.jpg")
+    os.mkfifo(photos / "c.png")
+    (photos / "d.png").symlink_to("c.png")
+    with start("p.jpg", "photos") as process:
+        said, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    refused = ["p.jpg", "photos/c.png", "photos/d.png"]
+    lines = "".join(f"{name}: this is no file, but a pipe, socket or device\n" for name in refused)
+    assert error.decode() == f"{lines}error: 3 of 5 inputs failed\n"
+    assert said.count(b" -> segmented/") == 2
+    assert [(fault["file"], fault["code"]) for fault in summary()["errors"]] == [
+        (name, "unreadable") for name in refused
+    ]
 
 
 def test_the_same_picture_twice_is_one(photos: Path) -> None:

@@ -93,9 +93,9 @@ def start(address: str, model: Path, *arguments: str) -> "subprocess.Popen[str]"
 
 
 def record(folder: Path) -> Counter[str]:
-    """How often each picture is in the record."""
-    lines = (folder / batch.RECORD).read_text().splitlines()
-    return Counter(Path(json.loads(line)["source"]).name for line in lines)
+    """How often each picture is in the record as done."""
+    entries = map(json.loads, (folder / batch.RECORD).read_text().splitlines())
+    return Counter(Path(entry["source"]).name for entry in entries if "done" in entry)
 
 
 def test_a_killed_worker_and_a_killed_run_leave_one_result_for_each_picture(
@@ -175,6 +175,17 @@ def segment_twenty(photos: Path, output: Path, model: Path) -> tuple[list[str], 
         outcomes = list(batch_cluster.segment_pictures(batch.plan(found, kept), run, kept, Layout()))
     faults = {job.file.name: one.code for job, one in outcomes if isinstance(one, InputError)}
     return [job.source for job, _ in outcomes], faults
+
+
+def test_a_file_that_others_made_is_kept(photos: Path, model_file: Path, engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "000.mask.png").write_bytes(b"weeks of work")
+    run = batch.Run(engine, Settings(model=model_file), Options(), overlay=False)
+    with open_record(tmp_path) as kept:
+        jobs = batch.plan([Found(photos / "000.png")], kept)
+        ((job, fault),) = batch_cluster.segment_pictures(jobs, run, kept, Layout())
+    assert isinstance(fault, InputError)
+    assert (job.name, fault.code) == ("000", "not_ours")
+    assert (tmp_path / "000.mask.png").read_bytes() == b"weeks of work"
 
 
 def test_pictures_in_s3_are_segmented_once_and_again_when_they_change(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service import logs
 from service.device import RESTARTS, Device, Job
 from service.engine import Engine
 from service.errors import Refusal
@@ -160,16 +161,24 @@ def test_a_failing_picture_fails_alone(device: Callable[..., Device], engines: l
     assert len(engines) == 1, "a picture's failure does not restart the device"
 
 
-def test_in_a_shared_run_only_the_picture_at_fault_fails(device: Callable[..., Device], engines: list[Moody]) -> None:
+def test_in_a_shared_run_only_the_picture_at_fault_fails(
+    device: Callable[..., Device], engines: list[Moody], log: pytest.LogCaptureFixture
+) -> None:
     served = device(max_batch=4)
     first = held(served, engines[0])
-    others = [submit(served) for _ in range(3)]
+    others = []
+    for request_id in ("one", "two", "two"):
+        token = logs.request_id.set(request_id)
+        others.append(submit(served))
+        logs.request_id.reset(token)
     # The run under way ends well; then the shared one fails, and of its pictures, each by itself, the first.
     engines[0].failures = [None, RuntimeError("together"), RuntimeError("alone")]
     engines[0].go_on.set()
     first.result(WAIT)
     assert [other.exception(WAIT) is not None for other in others] == [True, False, False]
     assert engines[0].runs == [1, 3, 1, 1, 1]
+    said = [(record.message, record.request_id) for record in log.records]  # type: ignore[attr-defined]
+    assert said == [("a run failed: together", "one,two"), ("a run failed: alone", "one")]
     assert served.state == "ready"
 
 
@@ -253,14 +262,20 @@ def test_a_thread_that_ends_is_replaced(device: Callable[..., Device], engines: 
     submit(served).result(WAIT)
 
 
-def test_a_hung_run_trips_the_watchdog(device: Callable[..., Device], engines: list[Moody]) -> None:
+def test_a_hung_run_trips_the_watchdog(
+    device: Callable[..., Device], engines: list[Moody], log: pytest.LogCaptureFixture
+) -> None:
     served = device(hang_seconds=0.2)
+    token = logs.request_id.set("slow one")
     hung = held(served, engines[0])
+    logs.request_id.reset(token)
     waiting = submit(served)
     error = hung.exception(WAIT)
     assert isinstance(error, Refusal)
     assert error.code == "device_failed"
     assert "hung" in error.message
+    hangs = next(record for record in log.records if record.message.startswith("a run hangs"))
+    assert hangs.request_id == "slow one"  # type: ignore[attr-defined]
     assert waiting.result(WAIT)[0].mask.shape == (8, 8), "what waited is served by the thread that took over"
     engines[0].go_on.set()  # the hung run comes back to life; nobody minds
     submit(served).result(WAIT)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from tiny_model import CLASSES, GAIN, METADATA, PALETTE, tiny_model
 
 from service.engine import Engine, ModelError, Stopped
 from service.models import Models
-from service.settings import Settings
+from service.settings import EMBEDDED_MODEL, Settings
 
 REQUIRED = [key for key in METADATA if key != "graph"]
 
@@ -356,3 +357,14 @@ def test_a_run_told_to_stop_ends_without_an_answer(engine: Engine, quadrants: np
     with pytest.raises(Stopped):
         engine.run([quadrants], plan, options)
     assert engine.run([quadrants], plan)[0].mask.shape == quadrants.shape[:2]
+
+
+def test_a_run_stopped_in_its_midst_puts_no_lines_of_onnx_runtime_into_the_log(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    embedded = Engine(EMBEDDED_MODEL, device="cpu", threads=1)
+    options = ort.RunOptions()
+    Timer(0.3, lambda: setattr(options, "terminate", True)).start()
+    with pytest.raises(Stopped):
+        embedded.run([np.zeros((500, 500, 3), np.uint8)], embedded.plan(scales=(1.0,) * 100), options)
+    assert capfd.readouterr().err == ""

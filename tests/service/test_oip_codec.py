@@ -351,6 +351,16 @@ def test_other_encodings_are_415() -> None:
         ("gzip;q=0", None),
         ("gzip;q=nan", None),
         ("gzip;q=x, deflate;q=0.001", "deflate"),
+        ("identity;q=1, gzip;q=0.1", None),
+        ("gzip;q=0.5, identity;q=0.5", None),
+        ("gzip;q=1.0, deflate;q=0.6, identity;q=0.3", "gzip"),
+        ("*", None),
+        ("*;q=0.5, gzip", "gzip"),
+        ("gzip;q=0.1, *;q=0.5", None),
+        ("identity;q=0, *", "gzip"),
+        ("gzip;q=0, identity;q=0, *;q=0.1", "deflate"),
+        ("deflate;q=0.1, *;q=0", "deflate"),
+        ("identity;q=0", None),
     ],
 )
 def test_the_response_is_compressed_as_the_client_prefers(header: str, encoding: str | None) -> None:

@@ -7,8 +7,9 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +24,7 @@ import service
 from service import logs
 from service.app import create_app
 from service.cli import cli
-from service.engine import Engine, ModelError
+from service.engine import Engine, ModelError, Plan
 from service.models import Models
 from service.settings import Settings, settings_table
 
@@ -192,6 +193,22 @@ def test_json_log_lines_carry_the_request_and_its_id(client: TestClient, png: by
     assert "secret" not in stream.getvalue()
 
 
+def test_the_line_of_a_run_that_failed_carries_the_id_of_its_request(
+    client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    run = Engine.run
+
+    def failing(self: Engine, images: Sequence[np.ndarray], plan: Plan, *options: Any) -> Any:
+        if plan.flip:
+            raise RuntimeError("no memory")
+        return run(self, images, plan, *options)
+
+    monkeypatch.setattr(Engine, "run", failing)
+    client.post("/segment?flip=true", content=png, headers={"X-Request-ID": "mine-2"})
+    (line,) = (record for record in log.records if record.message == "a run failed: no memory")
+    assert logs.TextFormatter("%(message)s").format(line) == "a run failed: no memory [mine-2]"
+
+
 def test_a_line_for_people_ends_with_the_id_whatever_else_it_says() -> None:
     record = logging.makeLogRecord({"msg": "POST /segment 200 ok 12.3 ms", "request_id": "200"})
     assert logs.TextFormatter("%(message)s").format(record) == "POST /segment 200 ok 12.3 ms [200]"
@@ -200,10 +217,10 @@ def test_a_line_for_people_ends_with_the_id_whatever_else_it_says() -> None:
 # ---- several models
 
 
-def test_a_path_cannot_forge_log_lines(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "service.middleware"):
+def test_a_path_cannot_forge_log_lines(client: TestClient, log: pytest.LogCaptureFixture) -> None:
+    with log.at_level(logging.INFO, "service.middleware"):
         client.get("/x%0aINFO POST /segment 200 ok%1b[31m")
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "service.middleware"]
+    (line,) = [record.getMessage() for record in log.records if record.name == "service.middleware"]
     assert "/x\\x0aINFO POST /segment 200 ok\\x1b[31m" in line
 
 
@@ -272,6 +289,13 @@ def test_two_models_of_one_name_are_refused(settings: Settings, other_model: Pat
 def test_a_name_that_the_protocol_gives_its_own_models_is_refused(names: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="must not end in _encoded"):
         Settings(**names)
+
+
+@pytest.mark.parametrize("names", [{"model": "stats.onnx"}, {"models": "stats=night.onnx"}])
+def test_a_name_under_which_the_protocol_has_its_statistics_is_refused(names: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="the model name 'stats' is taken under /v2"):
+        Settings(**names)
+    Settings(models="my-stats=night.onnx")
 
 
 def test_every_setting_is_in_the_readme_and_in_help() -> None:
