@@ -115,6 +115,27 @@ def test_float16(layout, emulated):
     gpu_parts.assert_equals_the_twin(emulated(inputs), inputs)
 
 
+@pytest.mark.parametrize("card", [H200, A100, RTX_4090], ids=str)
+def test_every_shape_takes_the_path_that_is_promised(card, emulated, library):
+    library.encnet_emulation_set(*card, 0)
+    report = gpu_parts.Report()
+    widest = [(16, 512, 60, 60, codewords) for codewords in (16, 32, 33, 64)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout, memory_format in gpu_parts.LAYOUTS.items():
+            for shape in [*gpu_parts.SHAPES, *widest]:
+                x = torch.empty(shape[:4], dtype=dtype).contiguous(memory_format=memory_format)
+                gpu_parts.check_paths(x, torch.empty(shape[4], shape[1]), card[1], layout, report)
+    assert len(report.checks) > 60
+    assert not any(report.checks.values()), report.checks
+
+
+def test_another_path_than_the_promised_one_is_found(emulated, library):
+    library.encnet_emulation_set(*RTX_4090, 0)
+    report = gpu_parts.Report()
+    gpu_parts.check_paths(torch.empty(1, 512, 8, 8), torch.empty(64, 512), H200[1], "contiguous", report)
+    assert ["runs: general" in (wrong or "") for wrong in report.checks.values()] == [True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", gpu_parts.LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 70, 9, 8, 70), (1, 530, 3, 3, 5)], ids=str)
