@@ -22,8 +22,8 @@ constexpr int SIZE = sizeof(Element);
 constexpr int TILES[2] = {SIZE == 2 ? (BACKWARD ? 32 : 64) : BACKWARD ? 16 : 32, BACKWARD ? 16 : 32};
 constexpr int PARTS = 4;
 
-constexpr int64_t MOST_BLOCKS = 1 << 16;             // of the kernels whose blocks take more than one turn
-constexpr int64_t PARTIAL_BYTES = int64_t{64} << 20;  // the general path cuts images into parts up to about so much
+constexpr int64_t MOST_BLOCKS = 1 << 16;              // of the kernels whose blocks take more than one turn
+constexpr int64_t GENERAL_BYTES = int64_t{64} << 20;  // of the general path: its partial sums', and its scratch's, about
 
 using TilesKernel = void (*)(const Task);
 
@@ -120,16 +120,19 @@ int try_tiles(const CudaCall &call, const Limits &limits, bool channels_last, Pl
 
 int plan_general(const CudaCall &call, const Limits &limits, Plan *plan) {
     const encnet_sizes &sizes = *call.sizes;
-    const int64_t blocks = GENERAL_BLOCKS * limits.multiprocessors, partial = 4 * (sizes.channels + 1) * sizes.codewords;
+    const int64_t partial = 4 * (sizes.channels + 1) * sizes.codewords, scratch = 4 * scratch_floats(sizes.codewords);
+    int64_t blocks = GENERAL_BLOCKS * limits.multiprocessors;
+    if (blocks > GENERAL_BYTES / scratch) blocks = GENERAL_BYTES / scratch;
+    if (blocks < 1) blocks = 1;
     plan->choice.kernel = nullptr;
     plan->tiles = (sizes.positions + SIDE - 1) / SIDE;
     plan->parts = blocks / sizes.batch;
-    const int64_t most = PARTIAL_BYTES / partial / sizes.batch;
+    const int64_t most = GENERAL_BYTES / partial / sizes.batch;
     if (plan->parts > most) plan->parts = most;
     if (plan->parts > plan->tiles) plan->parts = plan->tiles;
     if (plan->parts < 1) plan->parts = 1;
     const int64_t items = sizes.batch * plan->parts;
-    const int64_t room = BACKWARD ? PARTIAL_BYTES / partial : items;
+    const int64_t room = BACKWARD ? GENERAL_BYTES / partial : items;
     plan->launch = {items < blocks ? items : blocks, GENERAL_THREADS, 1, 4 * (2 * DEEP * (SIDE + 4) + 2 * SIDE)};
     if (plan->launch.blocks > room) plan->launch.blocks = room < 1 ? 1 : room;
     plan->partials = BACKWARD ? plan->launch.blocks : items;

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import gpu_parts
 from model.kernels import build, cuda
+from model.kernels.tensors import features, sizes
 
 H200 = (132, 232448, 8)  # multiprocessors, bytes of shared memory for a block, blocks in a cluster
 A100 = (108, 166912, 1)
@@ -138,12 +139,24 @@ def test_another_path_than_the_promised_one_is_found(emulated, library):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", gpu_parts.LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 70, 9, 8, 70), (1, 530, 3, 3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 70, 9, 8, 70), (1, 530, 3, 3, 5), (9, 20, 2, 5, 70)], ids=str)
 def test_the_general_path_equals_the_float64_twin(shape, layout, dtype, emulated, library):
     x, *rest = gpu_parts.inputs_of(shape, "cpu", dtype)
     inputs = (x.contiguous(memory_format=gpu_parts.LAYOUTS[layout]), *rest)
     assert described(inputs, library, FEW) == ["general", "general"]
     gpu_parts.assert_equals_the_twin(emulated(inputs), inputs)
+
+
+@pytest.mark.parametrize(("channels", "codewords"), [(1024, 100), (1024, 2000), (8, 2000), (8, 200000)])
+def test_the_general_paths_workspace_is_bounded(channels, codewords, library):
+    library.encnet_emulation_set(*H200, 0)
+    needed, x = ctypes.c_int64(), torch.empty(16, channels, 60, 60, device="meta")
+    shape = sizes(x, torch.empty(codewords, channels, device="meta"), 1.0)
+    partials, scratch = 16 * 4 * codewords * (channels + 1), 784 * codewords  # one for each image, and of one block
+    for backward in (0, 1):
+        given = ctypes.byref(shape), ctypes.byref(features(x, (channels * 3600, 3600, 1)))
+        assert library.encnet_cuda_workspace(*given, 0, backward, ctypes.byref(needed)) == 0
+        assert needed.value <= max(64 * 2**20, partials) + max(64 * 2**20, scratch)
 
 
 def test_the_trained_shape_runs_on_tensor_cores_within_the_memory_promised(emulated, library):
