@@ -39,13 +39,15 @@ TOLERANCE = {
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-# (B, D, H, W, K): every N, B, D and K of the promise, each with several of the others; the last two are general.
+# (B, D, H, W, K): every N, B, D and K of the promise, each with several of the others. The last two take the general
+# path everywhere, the others the tensor cores where TENSOR_CORES says so.
 SHAPES = [
     (1, 1, 1, 1, 1),
     (3, 40, 1, 7, 16),
     (1, 128, 7, 9, 32),
     (3, 512, 8, 8, 33),
     (1, 512, 8, 8, 64),
+    (2, 512, 30, 33, 48),
     (3, 1, 5, 13, 33),
     (1, 40, 45, 60, 64),
     (1, 512, 45, 60, 32),
@@ -55,6 +57,10 @@ SHAPES = [
     (1, 520, 5, 13, 64),
     (2, 600, 30, 33, 100),
 ]
+
+# Bytes of shared memory that a block can have (sm_90 and 100; 80; 86, 89 and 120), and with these the most codewords
+# that are promised the tensor cores at D <= 512: of half types forward and backward, and of float32.
+TENSOR_CORES = {232448: ((64, 64), (64, 32)), 166912: ((64, 64), (32, 16)), 101376: ((64, 32), (16, 0))}
 
 
 @dataclass
@@ -164,6 +170,25 @@ def kernel_runs(device: str, report: Report) -> bool:
     return report.checks["the kernel is what runs"] is None
 
 
+def promised_paths(x: Tensor, codewords: int, shared_bytes: int) -> tuple[str | None, str | None]:
+    """The path of each pass on a card with so much shared memory; None: either."""
+    if x.shape[1] > 512 or codewords > 64:
+        return "general", "general"
+    half, single = max((room, most) for room, most in TENSOR_CORES.items() if room <= shared_bytes)[1]
+    forward, backward = single if x.dtype == torch.float32 else half
+    return "tiles" if codewords <= forward else None, "tiles" if codewords <= backward else None
+
+
+def check_paths(x: Tensor, codewords: Tensor, shared_bytes: int, layout: str, report: Report) -> None:
+    promised = promised_paths(x, codewords.shape[0], shared_bytes)
+    where = f"{str(x.dtype)[6:]} {layout} B,D,H,W,K={(*x.shape, codewords.shape[0])}"
+    for backward, path in enumerate(promised):
+        if path:
+            with report.check(f"takes the path {path}: {where} {'backward' if backward else 'forward'}"):
+                plan = cuda.describe(x, codewords, bool(backward))
+                assert plan.split()[0] == path, f"runs: {plan}"
+
+
 def correctness(device: str, report: Report, shapes: list[tuple[int, int, int, int, int]] = SHAPES) -> None:
     if not kernel_runs(device, report):
         return
@@ -177,6 +202,10 @@ def correctness(device: str, report: Report, shapes: list[tuple[int, int, int, i
                     errors = assert_equals_the_twin(results(inputs, 300.0), inputs, 300.0)  # type: ignore[arg-type]
                     report.rows.append({"what": "error", "dtype": kind, "layout": layout, "shape": shape} | dict(
                         zip(NAMES, errors, strict=True)))  # fmt: skip
+                if device != "cpu":
+                    properties = torch.cuda.get_device_properties(device)
+                    room = getattr(properties, "shared_memory_per_block_optin", min(TENSOR_CORES))
+                    check_paths(inputs[0], inputs[1], room, layout, report)
         small = inputs_of((3, 6, 5, 14, 4), device, dtype)
         for name, view in VIEWS.items():
             with report.check(f"strided x: {kind} {name}"):
@@ -561,7 +590,7 @@ def sanitized(device: str, report: Report) -> None:
     if not kernel_runs(device, report):
         return
     for dtype in TOLERANCE:
-        for shape in ((2, 40, 5, 13, 33), (1, 512, 9, 9, 32), (1, 520, 5, 13, 20)):
+        for shape in ((2, 40, 5, 13, 33), (1, 512, 9, 9, 32), (1, 512, 3, 7, 48), (1, 520, 5, 13, 20)):
             for memory_format in LAYOUTS.values():
                 with report.check(f"watched: {dtype} {memory_format} {shape}"):
                     x, *rest = inputs_of(shape, device, dtype)

@@ -17,10 +17,9 @@ from model import kernels
 
 
 def check_arguments(x: Tensor, codewords: Tensor, scale: Tensor) -> None:
-    """Raise ValueError naming the argument and both shapes, or TypeError for a dtype that is not floating."""
+    """Raise ValueError naming the argument and both shapes (devices), or TypeError for a dtype that is not floating."""
     for name, tensor in (("x", x), ("codewords", codewords), ("scale", scale)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"encode: {name} must be floating point, got {tensor.dtype}")
+        _check_number(name, tensor, x)
     if x.dim() != 4:
         raise ValueError(f"encode: x must be (B, D, H, W), got {tuple(x.shape)}")
     if codewords.dim() != 2 or codewords.shape[1] != x.shape[1]:
@@ -32,6 +31,24 @@ def check_arguments(x: Tensor, codewords: Tensor, scale: Tensor) -> None:
         raise ValueError(
             f"encode: scale must be (K,) with K = {codewords.shape[0]} as in codewords {tuple(codewords.shape)}, "
             f"got {tuple(scale.shape)}"
+        )
+
+
+def _check_number(name: str, tensor: Tensor, x: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"encode: {name} must be floating point, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"encode: {name} must be on {x.device} as x is, got {tensor.device}")
+
+
+def check_backward_arguments(grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor) -> None:
+    """`check_arguments`, and the same for the gradient of the result."""
+    check_arguments(x, codewords, scale)
+    _check_number("grad", grad, x)
+    if grad.shape != (x.shape[0], *codewords.shape):
+        raise ValueError(
+            f"encode: grad must be (B, K, D) = {(x.shape[0], *codewords.shape)} for x {tuple(x.shape)} and codewords "
+            f"{tuple(codewords.shape)}, got {tuple(grad.shape)}"
         )
 
 
@@ -137,8 +154,10 @@ def encode_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, codewords and scale, each of its argument's dtype, from that of the (B, K, D) result.
 
-    Only the arguments of the forward pass are needed. An operator of its own, so that tracing sees one node.
+    Only the arguments of the forward pass are needed. An operator of its own, so that tracing sees one node. Raises
+    ValueError and TypeError as `check_backward_arguments` does.
     """
+    check_backward_arguments(grad, x, codewords, scale)
     if kernels.usable(x, codewords, scale):
         factor = _factor(reference_positions, x.shape[2] * x.shape[3])
         gradients = kernels.encode_backward(grad, x, codewords, scale, factor)
@@ -157,6 +176,7 @@ def encode_backward(
 def _(
     grad: Tensor, x: Tensor, codewords: Tensor, scale: Tensor, reference_positions: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward_arguments(grad, x, codewords, scale)
     return (
         torch.empty_like(x, memory_format=kernels.memory_format(x)),
         torch.empty_like(codewords, memory_format=torch.contiguous_format),

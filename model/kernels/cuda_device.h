@@ -157,7 +157,8 @@ DEVICE void multiply_tf32(float (&sums)[4], const uint32_t (&left)[4], const uin
 
 // ------------------------------------------------------------------------------------------------------- clusters
 
-// Blocks that run at the same time and read one another's shared memory; before sm_90 each is a cluster of its own.
+// Blocks that run at the same time and read one another's shared memory. In code compiled for less than compute_90 each is
+// a cluster of its own, on whatever card it runs.
 DEVICE int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
     uint32_t rank;
@@ -249,8 +250,9 @@ int launch(void (*kernel)(Parameters...), const Launch &how, void *stream, Param
     return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 
-// How many clusters of `how` the current device, number `device`, holds at once; 0 where it cannot run even one. Also
-// allows the kernel its shared memory. Asked once for each kernel and launch.
+// How many clusters of `how` the current device, number `device`, holds at once; 0 where it cannot run even one, as where
+// the driver made the kernel from older PTX than clusters. Also allows the kernel its shared memory. Asked once for each
+// kernel and launch.
 template <typename... Parameters>
 int clusters_at_once(void (*kernel)(Parameters...), const Launch &how, int device, const Limits &limits, int *count) {
     static std::mutex mutex;
@@ -264,6 +266,8 @@ int clusters_at_once(void (*kernel)(Parameters...), const Launch &how, int devic
     }
     int failed = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
     if (!failed && how.cluster > 1) {
+        cudaFuncAttributes built{};
+        failed = cudaFuncGetAttributes(&built, function);
         cudaLaunchAttribute cluster{};
         cluster.id = cudaLaunchAttributeClusterDimension;
         cluster.val.clusterDim.x = unsigned(how.cluster);
@@ -274,7 +278,7 @@ int clusters_at_once(void (*kernel)(Parameters...), const Launch &how, int devic
         config.dynamicSmemBytes = size_t(how.shared_bytes);
         config.attrs = &cluster;
         config.numAttrs = 1;
-        if (cudaOccupancyMaxActiveClusters(&place->second, function, &config)) {
+        if (!failed && built.ptxVersion >= 90 && cudaOccupancyMaxActiveClusters(&place->second, function, &config)) {
             cudaGetLastError();
             place->second = 0;
         }

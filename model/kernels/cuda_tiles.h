@@ -1,6 +1,7 @@
-// The Encoding op on tensor cores, for D <= 512 and K <= 64: a tile of positions is copied into shared memory once, and
-// norms, distances, weights, sums and gradients are all made from that copy, so that x crosses device memory once in
-// either pass. The next tile arrives meanwhile. Nothing of a tile but its gradient goes back.
+// The Encoding op on tensor cores, for D <= 512 and K <= 64 where the codewords (going backward the gradient, too) fit into
+// shared memory beside a tile: README.md says which do. A tile of positions is copied there once, and norms, distances,
+// weights, sums and gradients are all made from that copy, so that x crosses device memory once in either pass. The next
+// tile arrives meanwhile. Nothing of a tile but its gradient goes back.
 //
 // Work is cut into items: one image, or one of `parts` parts of it. A cluster of blocks takes items in order, its blocks
 // take that item's tiles in turns, and at the end the blocks add up what each has in registers, in the order of their
@@ -21,7 +22,6 @@ namespace {
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
 constexpr int MOST_CHANNELS = 512;
 constexpr int MINE = MOST_CHANNELS / 16 / WARPS;  // groups of 16 channels that one warp owns: warp, warp + WARPS, ...
-constexpr int DEPTH_WARPS = 4;                    // that many warps share the channels of one piece of x.c
 constexpr int CHUNK_BYTES = 16;
 
 // Arguments of both kernels. A row of x is what follows one another in memory: the positions of a channel, or
@@ -317,28 +317,32 @@ struct Tile {
 // ---------------------------------------------------------------------------------------------------- shared memory
 
 // R is the number of rows that are multiplied with x: K codewords, and in the backward pass K rows of the gradient below.
-template <typename Element, bool CHANNELS_LAST, int K, int T, bool BACKWARD>
+// PARTS warps share the channels of one piece of x.c, each for a sum of its own: few take less memory, many read less.
+template <typename Element, bool CHANNELS_LAST, int K, int T, int PARTS, bool BACKWARD>
 struct Shared {
     static constexpr int R = BACKWARD ? 2 * K : K, PRODUCTS_PITCH = R + 8;
+    static constexpr int SLICE = T == 16 ? 8 : K < T ? K : T;  // codewords whose sums are staged at once, going forward
     using TileOf = Tile<Element, CHANNELS_LAST, T>;
 
     float *shift, *slope, *offset, *norms, *cross;  // (K,) each: see encoding_cpu.cpp's Codebook; cross: c_k.G_k
     float *sums;                                    // (2 K,): what positions add up to
     float *totals;                                  // (T,): sum_k W of each position
-    float *lengths;                                 // (DEPTH_WARPS, T): parts of the squared norms of x
+    float *lengths;                                 // (PARTS, T): parts of the squared norms of x
     Padded<Element> codes;                          // (R, depth)
     Padded<Element> weights;                        // (T, R)
-    float *products;                                // (DEPTH_WARPS, T, PRODUCTS_PITCH): parts of x codes'
+    float *products;                                // (PARTS, T, PRODUCTS_PITCH): parts of x codes'
     Element *tiles;                                 // stages of x
-    float *staged;                                  // (K, depth + 4), at the end of an item, over all from `weights` on
+    // Sums on their way to other blocks, when all tiles are done. Forward (SLICE, depth + 4) from `tiles` on; backward
+    // (K, depth + 4) in place of `codes`, whose 2 K rows are longer and which no tile needs any more.
+    float *staged;
 
     static __host__ __device__ int64_t fixed_bytes(int depth) {
-        return 4 * (7 * K + T + DEPTH_WARPS * T) + int64_t(sizeof(Element)) * R * padded<Element>(depth);
+        return 4 * (7 * K + T + PARTS * T) + int64_t(sizeof(Element)) * R * padded<Element>(depth);
     }
     static __host__ __device__ int64_t work_bytes(int depth, int stages) {
         const int64_t work = int64_t(sizeof(Element)) * (stages * TileOf::elements(depth) + T * padded<Element>(R)) +
-                             4 * DEPTH_WARPS * T * PRODUCTS_PITCH;
-        const int64_t staging = int64_t(4) * K * (depth + 4);
+                             4 * PARTS * T * PRODUCTS_PITCH;
+        const int64_t staging = BACKWARD ? 0 : int64_t(4) * SLICE * (depth + 4);
         return work > staging ? work : staging;
     }
 
@@ -352,10 +356,10 @@ struct Shared {
         }
         sums = floats, floats += 2 * K;
         totals = floats, floats += T;
-        lengths = floats, floats += DEPTH_WARPS * T;
+        lengths = floats, floats += PARTS * T;
         codes = {reinterpret_cast<Element *>(floats), padded<Element>(task.depth)};
         Element *work = codes.data + R * codes.pitch;
-        staged = reinterpret_cast<float *>(work);
+        staged = reinterpret_cast<float *>(BACKWARD ? codes.data : work);
         tiles = work, work += task.stages * TileOf::elements(task.depth);
         weights = {work, padded<Element>(R)}, work += T * weights.pitch;
         products = reinterpret_cast<float *>(work);
@@ -388,8 +392,8 @@ DEVICE void dot_rows(const Task &task, const Padded<Element> &codes, int other, 
 }
 
 // Codewords into shared memory, and what a position's logits need of them. Ends with a barrier.
-template <typename Element, bool CHANNELS_LAST, int K, int T, bool BACKWARD>
-DEVICE void prepare(const Task &task, const Shared<Element, CHANNELS_LAST, K, T, BACKWARD> &shared) {
+template <typename Element, bool CHANNELS_LAST, int K, int T, int PARTS, bool BACKWARD>
+DEVICE void prepare(const Task &task, const Shared<Element, CHANNELS_LAST, K, T, PARTS, BACKWARD> &shared) {
     const int thread = int(threadIdx.x);
     load_codes<Element, K>(task, shared.codes, 0, task.codewords, 1);
     __syncthreads();
@@ -408,12 +412,12 @@ DEVICE void prepare(const Task &task, const Shared<Element, CHANNELS_LAST, K, T,
 }
 
 // products and lengths of one tile. The warps divide positions, rows of codes and channels among them.
-template <typename Element, bool CHANNELS_LAST, int K, int T, bool BACKWARD>
-DEVICE void multiply_tile(const Task &task, const Shared<Element, CHANNELS_LAST, K, T, BACKWARD> &shared,
+template <typename Element, bool CHANNELS_LAST, int K, int T, int PARTS, bool BACKWARD>
+DEVICE void multiply_tile(const Task &task, const Shared<Element, CHANNELS_LAST, K, T, PARTS, BACKWARD> &shared,
                           const typename Tile<Element, CHANNELS_LAST, T>::Store &tile, int warp, int lane) {
-    using S = Shared<Element, CHANNELS_LAST, K, T, BACKWARD>;
+    using S = Shared<Element, CHANNELS_LAST, K, T, PARTS, BACKWARD>;
     using F = Fragments<Element>;
-    constexpr int POSITION_WARPS = T / 16, ROW_WARPS = WARPS / DEPTH_WARPS / POSITION_WARPS;
+    constexpr int POSITION_WARPS = T / 16, ROW_WARPS = WARPS / PARTS / POSITION_WARPS;
     constexpr int COUNT = S::R / 8 / ROW_WARPS;
     static_assert(COUNT >= 1 && COUNT * 8 * ROW_WARPS == S::R, "warps do not divide the rows of codes");
     const int position = 16 * (warp % POSITION_WARPS);
@@ -421,7 +425,7 @@ DEVICE void multiply_tile(const Task &task, const Shared<Element, CHANNELS_LAST,
     const int part = warp / (POSITION_WARPS * ROW_WARPS);
     float sums[COUNT][4] = {}, upper = 0, lower = 0;
 #pragma unroll 2
-    for (int d = part * F::DEPTH; d < task.depth; d += DEPTH_WARPS * F::DEPTH) {
+    for (int d = part * F::DEPTH; d < task.depth; d += PARTS * F::DEPTH) {
         typename F::Left left;
         typename F::Right right[COUNT];
         F::template load<!CHANNELS_LAST>(left, tile, position, d, lane);
@@ -468,14 +472,14 @@ struct Position {
 };
 
 // Weights of position i from its products; `length` and `cross` (x.c) are handed on for the gradient.
-template <typename Element, bool CHANNELS_LAST, int K, int T, bool BACKWARD>
-DEVICE void assign(const Shared<Element, CHANNELS_LAST, K, T, BACKWARD> &shared, int i, int lane, bool real,
+template <typename Element, bool CHANNELS_LAST, int K, int T, int PARTS, bool BACKWARD>
+DEVICE void assign(const Shared<Element, CHANNELS_LAST, K, T, PARTS, BACKWARD> &shared, int i, int lane, bool real,
                    float (&weights)[Position<K, T>::EACH], float (&cross)[Position<K, T>::EACH], float &length) {
-    using S = Shared<Element, CHANNELS_LAST, K, T, BACKWARD>;
+    using S = Shared<Element, CHANNELS_LAST, K, T, PARTS, BACKWARD>;
     using P = Position<K, T>;
     length = 0;
 #pragma unroll
-    for (int part = 0; part < DEPTH_WARPS; ++part) length += shared.lengths[part * T + i];
+    for (int part = 0; part < PARTS; ++part) length += shared.lengths[part * T + i];
     float top = -INFINITY, total = 0;
 #pragma unroll
     for (int j = 0; j < P::EACH; ++j) {
@@ -484,7 +488,7 @@ DEVICE void assign(const Shared<Element, CHANNELS_LAST, K, T, BACKWARD> &shared,
         weights[j] = -INFINITY;
         if (k >= K) continue;
 #pragma unroll
-        for (int part = 0; part < DEPTH_WARPS; ++part)
+        for (int part = 0; part < PARTS; ++part)
             cross[j] += shared.products[(part * T + i) * S::PRODUCTS_PITCH + k];
         weights[j] = shared.shift[k] * length + (shared.slope[k] * cross[j] + shared.offset[k]);
         top = fmaxf(top, weights[j]);
@@ -564,20 +568,20 @@ DEVICE void each_tile(const Task &task, const S &shared, const Turns &turns, Com
     __syncthreads();
 }
 
-// The fragments `sums` into `staged` (K, depth + 4), times a factor.
-template <int K>
-DEVICE void stage_sums(const Task &task, float *staged, const float (&sums)[MINE][K / 8][4], float factor, int warp,
-                       int lane) {
+// COUNT codewords of the fragments `sums`, from `first` on, into `staged` (COUNT, depth + 4), times a factor.
+template <int COUNT, int K>
+DEVICE void stage_sums(const Task &task, float *staged, const float (&sums)[MINE][K][4], int first, float factor,
+                       int warp, int lane) {
 #pragma unroll
     for (int j = 0; j < MINE; ++j) {
         const int group = warp + j * WARPS;
         if (16 * group >= task.depth) continue;
 #pragma unroll
-        for (int n = 0; n < K / 8; ++n)
+        for (int n = 0; n < COUNT / 8; ++n)
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
                 const int d = 16 * group + lane / 4 + c / 2 * 8, k = 8 * n + lane % 4 * 2 + c % 2;
-                staged[k * (task.depth + 4) + d] = factor * sums[j][n][c];
+                staged[k * (task.depth + 4) + d] = factor * sums[j][first / 8 + n][c];
             }
     }
 }
@@ -591,9 +595,9 @@ DEVICE float cluster_sum(const Task &task, const float *from) {
 
 // ------------------------------------------------------------------------------------------------------- forward
 
-template <typename Element, bool CHANNELS_LAST, int K, int T>
+template <typename Element, bool CHANNELS_LAST, int K, int T, int PARTS>
 KERNEL(THREADS, 1) encode_tiles(const Task task) {
-    using S = Shared<Element, CHANNELS_LAST, K, T, false>;
+    using S = Shared<Element, CHANNELS_LAST, K, T, PARTS, false>;
     using P = Position<K, T>;
     const S shared(task);
     const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -623,20 +627,27 @@ KERNEL(THREADS, 1) encode_tiles(const Task task) {
                                                       task.depth / 16, warp, lane);
         });
         add_positions<K, T>(mass, shared.products, shared.sums);
-        stage_sums<K>(task, shared.staged, sums, 1, warp, lane);
-        cluster_barrier();
         const int size = task.codewords_count * task.channels;
-        const int share = (size + task.cluster - 1) / task.cluster, first = cluster_rank() * share;
-        const int last = int(least(first + share, size));
         float *partial = task.result ? nullptr : task.partials + item * (size + task.codewords_count);
-        for (int index = first + thread; index < last; index += THREADS) {
-            const int k = index / task.channels, d = index % task.channels;
-            const float total = cluster_sum(task, shared.staged + k * (task.depth + 4) + d);
-            if (partial)
-                partial[index] = total;
-            else
-                task.result[item * size + index] =
-                    task.factor * (total - cluster_sum(task, shared.sums + k) * task.codewords[index]);
+#pragma unroll
+        for (int first = 0; first < K; first += S::SLICE) {
+            if (first >= task.codewords_count) break;
+            if (first) cluster_barrier();  // all have read the slice before
+            stage_sums<S::SLICE>(task, shared.staged, sums, first, 1, warp, lane);
+            cluster_barrier();
+            const int begin = first * task.channels;
+            const int end = int(least(begin + S::SLICE * task.channels, size));
+            const int share = (end - begin + task.cluster - 1) / task.cluster, mine = begin + cluster_rank() * share;
+            const int last = int(least(mine + share, end));
+            for (int index = mine + thread; index < last; index += THREADS) {
+                const int k = index / task.channels, d = index % task.channels;
+                const float total = cluster_sum(task, shared.staged + (k - first) * (task.depth + 4) + d);
+                if (partial)
+                    partial[index] = total;
+                else
+                    task.result[item * size + index] =
+                        task.factor * (total - cluster_sum(task, shared.sums + k) * task.codewords[index]);
+            }
         }
         if (partial && cluster_rank() == 0 && thread < task.codewords_count)
             partial[size + thread] = cluster_sum(task, shared.sums + thread);
@@ -698,9 +709,9 @@ DEVICE void finish_pair(const typename TileOf::Store &tile, int t, int d, float 
     }
 }
 
-template <typename Element, bool CHANNELS_LAST, int K, int T>
+template <typename Element, bool CHANNELS_LAST, int K, int T, int PARTS>
 KERNEL(THREADS, 1) encode_backward_tiles(const Task task) {
-    using S = Shared<Element, CHANNELS_LAST, K, T, true>;
+    using S = Shared<Element, CHANNELS_LAST, K, T, PARTS, true>;
     using P = Position<K, T>;
     using TileOf = typename S::TileOf;
     const S shared(task);
@@ -746,7 +757,7 @@ KERNEL(THREADS, 1) encode_backward_tiles(const Task task) {
                     projections[j] = 0;
                     if (k >= K) continue;
 #pragma unroll
-                    for (int part = 0; part < DEPTH_WARPS; ++part)
+                    for (int part = 0; part < PARTS; ++part)
                         projections[j] += shared.products[(part * T + i) * S::PRODUCTS_PITCH + K + k];
                     projections[j] -= shared.cross[k];
                     mean += weights[j] * projections[j];
@@ -814,7 +825,7 @@ KERNEL(THREADS, 1) encode_backward_tiles(const Task task) {
 
     const float unit = power_of_two(exponent);
     add_positions<K, T>(scale_sums, shared.products, shared.sums);
-    stage_sums<K>(task, shared.staged, sums, unit, warp, lane);
+    stage_sums<K>(task, shared.staged, sums, 0, unit, warp, lane);
     cluster_barrier();
     const int share = (size + task.cluster - 1) / task.cluster, first = cluster_rank() * share;
     const int last = int(least(first + share, size));

@@ -16,12 +16,14 @@ namespace {
 using Element = ENCNET_ELEMENT;
 constexpr bool BACKWARD = ENCNET_BACKWARD;
 
-// Positions in a tile, first choice and second, where there is too little shared memory for the first.
+// Positions in a tile, first choice and second, where there is too little shared memory for the first; with products in
+// so many parts. The third choice is 16 positions and as few parts as the rows of codes allow.
 constexpr int SIZE = sizeof(Element);
 constexpr int TILES[2] = {SIZE == 2 ? (BACKWARD ? 32 : 64) : BACKWARD ? 16 : 32, BACKWARD ? 16 : 32};
+constexpr int PARTS = 4;
 
-constexpr int64_t MOST_BLOCKS = 1 << 16;             // of the kernels whose blocks take more than one turn
-constexpr int64_t PARTIAL_BYTES = int64_t{64} << 20;  // the general path cuts images into parts up to about so much
+constexpr int64_t MOST_BLOCKS = 1 << 16;              // of the kernels whose blocks take more than one turn
+constexpr int64_t GENERAL_BYTES = int64_t{64} << 20;  // of the general path: its partial sums', and its scratch's, about
 
 using TilesKernel = void (*)(const Task);
 
@@ -31,23 +33,25 @@ struct Choice {
     int64_t fixed_bytes, tile_bytes[2];  // of shared memory: always, and with one stage or two
 };
 
-template <bool CHANNELS_LAST, int T, int K>
+template <bool CHANNELS_LAST, int T, bool FEW_PARTS, int K>
 Choice choice_of(int depth) {
-    using S = Shared<Element, CHANNELS_LAST, K, T, BACKWARD>;
+    constexpr int ROW_WARPS = BACKWARD ? K / 4 : K / 8, FEWEST = ROW_WARPS < WARPS ? WARPS / ROW_WARPS : 1;
+    constexpr int COUNT = FEW_PARTS ? FEWEST : PARTS;
+    using S = Shared<Element, CHANNELS_LAST, K, T, COUNT, BACKWARD>;
     Choice made{nullptr, T, S::fixed_bytes(depth), {S::work_bytes(depth, 1), S::work_bytes(depth, 2)}};
     if constexpr (BACKWARD)
-        made.kernel = encode_backward_tiles<Element, CHANNELS_LAST, K, T>;
+        made.kernel = encode_backward_tiles<Element, CHANNELS_LAST, K, T, COUNT>;
     else
-        made.kernel = encode_tiles<Element, CHANNELS_LAST, K, T>;
+        made.kernel = encode_tiles<Element, CHANNELS_LAST, K, T, COUNT>;
     return made;
 }
 
 // The first of the widths that holds so many codewords; none where they are too many.
-template <bool CHANNELS_LAST, int T, int K, int... WIDER>
+template <bool CHANNELS_LAST, int T, bool FEW_PARTS, int K, int... WIDER>
 Choice choice(int64_t codewords, int depth) {
-    if (codewords <= K) return choice_of<CHANNELS_LAST, T, K>(depth);
+    if (codewords <= K) return choice_of<CHANNELS_LAST, T, FEW_PARTS, K>(depth);
     if constexpr (sizeof...(WIDER) > 0)
-        return choice<CHANNELS_LAST, T, WIDER...>(codewords, depth);
+        return choice<CHANNELS_LAST, T, FEW_PARTS, WIDER...>(codewords, depth);
     else
         return {};
 }
@@ -98,11 +102,11 @@ int spread(const CudaCall &call, const Limits &limits, Plan *plan, bool *runs) {
     return 0;
 }
 
-template <int T>
+template <int T, bool FEW_PARTS>
 int try_tiles(const CudaCall &call, const Limits &limits, bool channels_last, Plan *plan, bool *runs) {
     const int depth = int(call.sizes->channels + 15) / 16 * 16;
-    plan->choice = channels_last ? choice<true, T, ENCNET_WIDTHS>(call.sizes->codewords, depth)
-                                 : choice<false, T, ENCNET_WIDTHS>(call.sizes->codewords, depth);
+    plan->choice = channels_last ? choice<true, T, FEW_PARTS, ENCNET_WIDTHS>(call.sizes->codewords, depth)
+                                 : choice<false, T, FEW_PARTS, ENCNET_WIDTHS>(call.sizes->codewords, depth);
     if (!plan->choice.kernel) return 0;
     plan->tiles = (call.sizes->positions + T - 1) / T;
     for (plan->stages = 2; plan->stages >= 1; --plan->stages) {
@@ -116,16 +120,19 @@ int try_tiles(const CudaCall &call, const Limits &limits, bool channels_last, Pl
 
 int plan_general(const CudaCall &call, const Limits &limits, Plan *plan) {
     const encnet_sizes &sizes = *call.sizes;
-    const int64_t blocks = GENERAL_BLOCKS * limits.multiprocessors, partial = 4 * (sizes.channels + 1) * sizes.codewords;
+    const int64_t partial = 4 * (sizes.channels + 1) * sizes.codewords, scratch = 4 * scratch_floats(sizes.codewords);
+    int64_t blocks = GENERAL_BLOCKS * limits.multiprocessors;
+    if (blocks > GENERAL_BYTES / scratch) blocks = GENERAL_BYTES / scratch;
+    if (blocks < 1) blocks = 1;
     plan->choice.kernel = nullptr;
     plan->tiles = (sizes.positions + SIDE - 1) / SIDE;
     plan->parts = blocks / sizes.batch;
-    const int64_t most = PARTIAL_BYTES / partial / sizes.batch;
+    const int64_t most = GENERAL_BYTES / partial / sizes.batch;
     if (plan->parts > most) plan->parts = most;
     if (plan->parts > plan->tiles) plan->parts = plan->tiles;
     if (plan->parts < 1) plan->parts = 1;
     const int64_t items = sizes.batch * plan->parts;
-    const int64_t room = BACKWARD ? PARTIAL_BYTES / partial : items;
+    const int64_t room = BACKWARD ? GENERAL_BYTES / partial : items;
     plan->launch = {items < blocks ? items : blocks, GENERAL_THREADS, 1, 4 * (2 * DEEP * (SIDE + 4) + 2 * SIDE)};
     if (plan->launch.blocks > room) plan->launch.blocks = room < 1 ? 1 : room;
     plan->partials = BACKWARD ? plan->launch.blocks : items;
@@ -140,9 +147,10 @@ int make_plan(const CudaCall &call, bool channels_last, Plan *plan) {
     plan->launch.threads = THREADS;
     bool runs = false;
     if (call.sizes->channels <= MOST_CHANNELS) {
-        int failed = try_tiles<TILES[0]>(call, limits, channels_last, plan, &runs);
+        int failed = try_tiles<TILES[0], false>(call, limits, channels_last, plan, &runs);
         if constexpr (TILES[1] != TILES[0])
-            if (!failed && !runs) failed = try_tiles<TILES[1]>(call, limits, channels_last, plan, &runs);
+            if (!failed && !runs) failed = try_tiles<TILES[1], false>(call, limits, channels_last, plan, &runs);
+        if (!failed && !runs) failed = try_tiles<16, true>(call, limits, channels_last, plan, &runs);
         if (failed || runs) return failed;
     }
     return plan_general(call, limits, plan);

@@ -4,6 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <mutex>
+#include <set>
+
 #include "encoding_cuda.h"
 #include "ort_op.h"
 
@@ -12,12 +15,17 @@ namespace {
 const int LEAST_MAJOR = 8;                       // of the compute capability
 const uint64_t KEPT_BYTES = uint64_t(64) << 20;  // of workspace, between two runs
 
-// A pool gives all its memory back to the driver whenever the stream is waited for, unless told otherwise.
-cudaError_t keep_workspace(int device) {
+// A pool gives all its memory back to the driver whenever the stream is waited for, unless told otherwise: once for each
+// device. Where that fails runs are slower, and no less right.
+void keep_workspace(int device) {
+    static std::mutex mutex;
+    static std::set<int> done;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!done.insert(device).second) return;
     cudaMemPool_t pool = nullptr;
     uint64_t kept = KEPT_BYTES;
-    if (cudaError_t error = cudaDeviceGetDefaultMemPool(&pool, device)) return error;
-    return cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept);
+    if (!cudaDeviceGetDefaultMemPool(&pool, device))
+        cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept);
 }
 
 OrtStatus *compute_on_cuda(void *self, OrtKernelContext *context) {
@@ -35,8 +43,7 @@ OrtStatus *compute_on_cuda(void *self, OrtKernelContext *context) {
     cuda.device = place.device;
     int status = error ? ENCNET_CUDA_ERROR + error : encnet_cuda_workspace(&call.sizes, &call.x, cuda.device, 0, &bytes);
     if (!status && bytes) {  // from the device's pool, and given back in the stream's order
-        static const cudaError_t kept = keep_workspace(cuda.device);
-        (void)kept;  // without it runs are slower, and no less right
+        keep_workspace(cuda.device);
         error = cudaMallocAsync(&cuda.workspace, size_t(bytes), static_cast<cudaStream_t>(stream));
         if (error) status = ENCNET_CUDA_ERROR + error;
     }

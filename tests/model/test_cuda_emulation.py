@@ -15,29 +15,31 @@ import torch
 
 from benchmarks import gpu_parts
 from model.kernels import build, cuda
+from model.kernels.tensors import features, sizes
 
 H200 = (132, 232448, 8)  # multiprocessors, bytes of shared memory for a block, blocks in a cluster
 A100 = (108, 166912, 1)
 RTX_4090 = (128, 101376, 1)
 FEW = (4, 232448, 4)  # so few that clusters take several images in turn
+FEW_OF_A100 = (2, 166912, 1)
 
 has_compiler = build.shutil.which("g++") is not None
 
 
 def compile_emulation(folder):
-    """The library of encoding_cuda.h without float16, which shares bfloat16's source, and with one width of tiles."""
-    flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-DENCNET_EMULATION", "-DENCNET_WIDTHS=32"]
+    """The library of encoding_cuda.h; float16, which shares bfloat16's source, with one width of tiles."""
+    flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-DENCNET_EMULATION"]
     include = ["-I", str(Path(__file__).parent), "-I", str(build.SOURCES)]
     units = {
-        name: [*macros, "-x", "c++", str(build.SOURCES / "encoding_cuda.cu")]
+        name: [
+            *macros,
+            *(["-DENCNET_WIDTHS=32"] if name.startswith("float16") else []),
+            "-x",
+            "c++",
+            str(build.SOURCES / "encoding_cuda.cu"),
+        ]
         for name, macros in build.kernel_units().items()
-        if not name.startswith("float16")
     }
-    absent = folder / "absent.cpp"
-    absent.write_text(
-        '#include "cuda_kernels.h"\nextern const CudaKernels cuda_forward_float16{}, cuda_backward_float16{};\n'
-    )
-    units["absent"] = [str(absent)]
     units["dispatch"] = [str(build.SOURCES / "cuda_dispatch.cpp")]
     commands = [["g++", *flags, *include, *unit, "-c", "-o", str(folder / f"{name}.o")] for name, unit in units.items()]
     with ThreadPoolExecutor() as pool:
@@ -88,6 +90,12 @@ CASES = [
     ((1, 128, 7, 9, 32), H200),
     ((2, 96, 9, 15, 20), A100),
     ((1, 400, 5, 7, 32), RTX_4090),
+    ((2, 512, 3, 7, 64), H200),
+    ((5, 512, 3, 7, 33), FEW),
+    ((3, 512, 3, 7, 48), FEW_OF_A100),
+    ((2, 512, 3, 7, 60), RTX_4090),
+    ((1, 505, 3, 7, 30), RTX_4090),
+    ((3, 352, 1, 19, 50), FEW),
 ]
 
 
@@ -101,14 +109,54 @@ def test_tiles_equal_the_float64_twin(shape, card, layout, dtype, emulated):
     gpu_parts.assert_equals_the_twin(emulated(inputs, card, factor), inputs, 300.0)
 
 
+@pytest.mark.parametrize("layout", gpu_parts.LAYOUTS)
+def test_float16(layout, emulated):
+    x, *rest = gpu_parts.inputs_of((2, 96, 9, 15, 20), "cpu", torch.float16)
+    inputs = (x.contiguous(memory_format=gpu_parts.LAYOUTS[layout]), *rest)
+    gpu_parts.assert_equals_the_twin(emulated(inputs), inputs)
+
+
+@pytest.mark.parametrize("card", [H200, A100, RTX_4090], ids=str)
+def test_every_shape_takes_the_path_that_is_promised(card, emulated, library):
+    library.encnet_emulation_set(*card, 0)
+    report = gpu_parts.Report()
+    widest = [(16, 512, 60, 60, codewords) for codewords in (16, 32, 33, 64)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout, memory_format in gpu_parts.LAYOUTS.items():
+            for shape in [*gpu_parts.SHAPES, *widest]:
+                x = torch.empty(shape[:4], dtype=dtype).contiguous(memory_format=memory_format)
+                gpu_parts.check_paths(x, torch.empty(shape[4], shape[1]), card[1], layout, report)
+    assert len(report.checks) > 60
+    assert not any(report.checks.values()), report.checks
+
+
+def test_another_path_than_the_promised_one_is_found(emulated, library):
+    library.encnet_emulation_set(*RTX_4090, 0)
+    report = gpu_parts.Report()
+    gpu_parts.check_paths(torch.empty(1, 512, 8, 8), torch.empty(64, 512), H200[1], "contiguous", report)
+    assert ["runs: general" in (wrong or "") for wrong in report.checks.values()] == [True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", gpu_parts.LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 70, 9, 8, 70), (1, 530, 3, 3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 70, 9, 8, 70), (1, 530, 3, 3, 5), (9, 20, 2, 5, 70)], ids=str)
 def test_the_general_path_equals_the_float64_twin(shape, layout, dtype, emulated, library):
     x, *rest = gpu_parts.inputs_of(shape, "cpu", dtype)
     inputs = (x.contiguous(memory_format=gpu_parts.LAYOUTS[layout]), *rest)
     assert described(inputs, library, FEW) == ["general", "general"]
     gpu_parts.assert_equals_the_twin(emulated(inputs), inputs)
+
+
+@pytest.mark.parametrize(("channels", "codewords"), [(1024, 100), (1024, 2000), (8, 2000), (8, 200000)])
+def test_the_general_paths_workspace_is_bounded(channels, codewords, library):
+    library.encnet_emulation_set(*H200, 0)
+    needed, x = ctypes.c_int64(), torch.empty(16, channels, 60, 60, device="meta")
+    shape = sizes(x, torch.empty(codewords, channels, device="meta"), 1.0)
+    partials, scratch = 16 * 4 * codewords * (channels + 1), 784 * codewords  # one for each image, and of one block
+    for backward in (0, 1):
+        given = ctypes.byref(shape), ctypes.byref(features(x, (channels * 3600, 3600, 1)))
+        assert library.encnet_cuda_workspace(*given, 0, backward, ctypes.byref(needed)) == 0
+        assert needed.value <= max(64 * 2**20, partials) + max(64 * 2**20, scratch)
 
 
 def test_the_trained_shape_runs_on_tensor_cores_within_the_memory_promised(emulated, library):

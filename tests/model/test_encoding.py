@@ -1,9 +1,12 @@
 """The Encoding op equals the formula of the paper, is differentiable, traceable, and safe under autocast."""
 
+import contextlib
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from model.encoding import Encoding, encode, encode_reference
+from model.encoding import Encoding, encode, encode_backward, encode_backward_reference, encode_reference
 
 
 def arguments(batch=2, channels=8, height=3, width=5, codewords=4, dtype=torch.float64):
@@ -119,3 +122,40 @@ def test_initialisation_is_the_authors():
 def test_wrong_arguments_are_named(change, error, words):
     with pytest.raises(error, match=words):
         encode(*change(*(tensor.detach() for tensor in arguments())))
+
+
+WRONG_GRADIENTS = [
+    (lambda g, x, c, s: (g[:1, :1, :1], x, c, s), ValueError, r"grad must be .* = \(2, 4, 8\) .* got \(1, 1, 1\)"),
+    (lambda g, x, c, s: (g.transpose(1, 2), x, c, s), ValueError, r"grad must be .* got \(2, 8, 4\)"),
+    (lambda g, x, c, s: (g.long(), x, c, s), TypeError, "grad must be floating point, got torch.int64"),
+    (lambda g, x, c, s: (g.to("meta"), x, c, s), ValueError, "grad must be on cpu as x is, got meta"),
+    (lambda g, x, c, s: (g, x, c.to("meta"), s), ValueError, "codewords must be on cpu as x is, got meta"),
+    (lambda g, x, c, s: (g, x[0], c, s), ValueError, r"x must be \(B, D, H, W\), got \(8, 3, 5\)"),
+    (lambda g, x, c, s: (g, x, c[:, :7], s), ValueError, r"codewords must be .* got \(4, 7\)"),
+    (lambda g, x, c, s: (g, x, c, s[:3]), ValueError, r"scale must be \(K,\) with K = 4 .* got \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), WRONG_GRADIENTS)
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, FakeTensorMode], ids=["run", "traced"])
+def test_wrong_arguments_of_the_gradients_are_named(change, error, words, mode):
+    with mode(), pytest.raises(error, match=words):
+        encode_backward(*change(*(torch.ones(shape) for shape in ((2, 4, 8), (2, 8, 3, 5), (4, 8), (4,)))), 0.0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda grad: grad.half(),
+        lambda grad: grad.bfloat16(),
+        lambda grad: grad.transpose(0, 2).contiguous().transpose(0, 2),
+        lambda grad: grad[:1, :1].expand(2, 4, 8),
+    ],
+    ids=["half", "bfloat16", "transposed", "expanded"],
+)
+def test_gradients_of_any_precision_and_strides(given):
+    x, c, s = (tensor.detach() for tensor in arguments(dtype=torch.float32))
+    grad = given(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)))
+    exact = encode_backward_reference(grad.double(), x.double(), c.double(), s.double(), 0.0)
+    for mine, theirs in zip(encode_backward(grad, x, c, s, 0.0), exact, strict=True):
+        torch.testing.assert_close(mine, theirs.float(), rtol=1e-4, atol=1e-4)
