@@ -52,7 +52,7 @@ def test_the_twin_does_not_pass_where_the_kernel_takes_no_tensor_of_this_device(
 def test_what_the_sanitizer_watches_passes_on_the_cpu():
     report = gpu_parts.Report()
     gpu_parts.sanitized("cpu", report)
-    assert not failed(report) and len(report.checks) == 1 + 3 * 3 * 2
+    assert not failed(report) and len(report.checks) == 1 + 3 * 4 * 2
 
 
 @needs_kernel
