@@ -37,6 +37,10 @@ class Connection(H11Protocol):
     _awaited: tuple[str, object] | None = None
     _waited = 0.0
 
+    def _should_upgrade(self) -> bool:
+        """Offers of another protocol (Java's client makes one with every request) are passed over without a warning."""
+        return False
+
     def overdue(self, passed: float, limits: dict[str, float]) -> str | None:
         """What the client had to do and did not in its time, one of `limits`; `passed`: seconds since the last call."""
         awaited = self._await()

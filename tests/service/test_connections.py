@@ -171,3 +171,14 @@ def test_the_soft_limit_of_descriptors_does_not_count(start: Start) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+
+
+def test_an_offer_of_another_protocol_is_nothing_to_warn_of(start: Start) -> None:
+    server = start()
+    for offered in ("h2c", "websocket"):
+        asking = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": offered, "HTTP2-Settings": "AAEAAEAAAAIAAAAA"}
+        assert httpx.get(f"{server.url}/livez", headers=asking, timeout=WAIT).status_code == 200
+    server.process.terminate()
+    output, _ = server.process.communicate(timeout=WAIT)
+    assert "GET /livez 200" in output
+    assert "WARNING" not in output
