@@ -47,6 +47,7 @@ def create_app(settings: Settings | None = None, models: Models | None = None) -
         dependencies=[Security(HTTPBearer(auto_error=False))] if settings.api_keys else [],
     )
     app.state.models = models
+    app.state.metrics = metrics
     app.add_middleware(RequestContext, settings=settings, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(

@@ -48,10 +48,12 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
     """The routes, over these models."""
     router = APIRouter(tags=["service"])
 
+    @router.head("/livez", include_in_schema=False)
     @router.get("/livez", summary="Should the process be left alone?", responses={503: {"model": StateAnswer}})
     async def livez(response: Response) -> StateAnswer:
         return _state(not_alive(models), response)
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", summary="Should the service get work?", responses={503: {"model": StateAnswer}})
     async def readyz(response: Response) -> StateAnswer:
         return _state(not_ready(models), response)

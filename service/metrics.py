@@ -58,6 +58,12 @@ class Metrics:
         self.departed = Counter(
             "encnet_departed_total", "Requests whose client left before the answer.", registry=self.registry
         )
+        self.cut = Counter(
+            "encnet_connections_cut_total",
+            "Connections ended for what their client did not do: take_answer, send_head, end_body.",
+            ["awaited"],
+            registry=self.registry,
+        )
         ProcessCollector(registry=self.registry)
         self.registry.register(_State(models))
 

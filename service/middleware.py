@@ -25,6 +25,7 @@ OPEN_PATHS = frozenset(("/", "/docs", "/openapi.json", "/livez", "/readyz", "/he
 )
 OPEN_FOLDERS = ("/page/", "/samples", "/static-offline-docs/")
 
+_ORIGIN = re.compile(r"https?://[^/]*", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = {"/livez", "/readyz", "/metrics"}  # asked for every few seconds: logged at debug level
 _SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
@@ -53,6 +54,8 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if origin := _ORIGIN.match(scope["path"]):  # a target in absolute form, as for a proxy
+            scope["path"] = scope["path"][origin.end() :] or "/"
         request = Request(scope)
         given = request.headers.get("x-request-id", "")
         request.state.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -8,10 +8,12 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import cast
 
 import uvicorn
+from prometheus_client import Counter
 
-from service import allocator, logs
+from service import allocator, connections, logs
 from service.app import create_app
 from service.info_routes import not_alive
 from service.models import Models
@@ -60,9 +62,11 @@ class Server(uvicorn.Server):
     signal, or the end of the grace period, stops within a second.
     """
 
-    def __init__(self, config: uvicorn.Config, models: Models, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, models: Models, cut: Counter, ready: Callable[[], None]) -> None:
+        """`cut` counts the connections that had to be ended, `ready` is called once requests are answered."""
         super().__init__(config)
         self._models = models
+        self._cut = cut
         self._ready = ready
         self._draining: asyncio.Task[None] | None = None
         self.died = False
@@ -74,6 +78,8 @@ class Server(uvicorn.Server):
         if self.started:
             self._loop = asyncio.get_running_loop()
             self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+            known = cast("set[connections.Connection]", self.server_state.connections)
+            self._watching = asyncio.create_task(connections.watch(known, self._models.settings, self._cut))
             self._ready()
 
     async def on_tick(self, counter: int) -> bool:
@@ -127,23 +133,25 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is served from startup on; until then it would kill
     logs.set_up(settings.log_format, settings.log_level)
     allocator.return_large_blocks()
+    connections.raise_descriptor_limit()
     models = Models(settings)
     try:
         models.start()
     except (KeyboardInterrupt, SystemExit):
         os._exit(0)  # the threads that load cannot be stopped, and under them the interpreter would abort
+    app = create_app(models=models)
     config = uvicorn.Config(
-        create_app(models=models),
+        app,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
         server_header=False,
-        http="h11",  # httptools is quicker, but loses the body of who offers HTTP/2, as Java's client does unasked
+        http=connections.Connection,  # by h11: httptools is quicker, but loses the body of who offers HTTP/2
         ws="none",  # else who asks for a websocket would wait for ever, where a package for them is installed
         lifespan="off",
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    server = Server(config, models, lambda: ready(models))
+    server = Server(config, models, app.state.metrics.cut, lambda: ready(models))
     gc.collect()
     gc.freeze()  # what is loaded stays: a collection that looked at all of it again would hold every request up
     try:

@@ -57,6 +57,12 @@ class Settings(BaseSettings):
         description="Most bytes of request bodies to hold at a time: 429, or 413 to one alone.",
     )
     upload_timeout_ms: int = Field(default=60_000, ge=1, description="Time for a request's body to be there.")
+    header_timeout_ms: int = Field(
+        default=10_000, ge=1, description="Time for a request's header to be there; then the connection is closed."
+    )
+    send_timeout_ms: int = Field(
+        default=20_000, ge=1, description="A client that takes nothing of its answer for so long is cut off."
+    )
     min_scale: float = Field(
         default=0.25, gt=0, allow_inf_nan=False, description="Smallest scale a request may ask for."
     )

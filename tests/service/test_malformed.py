@@ -16,6 +16,7 @@ import pytest
 from live import serving
 from pydantic import SecretStr
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 from tiny_model import encoded
 
 from benchmarks.malformed import Stock, good_picture_is_answered, malformed, send, stock_for
@@ -130,6 +131,12 @@ def test_the_host_header_opens_no_door(client_with: Callable[..., TestClient]) -
     client = client_with(api_keys=(SecretStr("k"),))
     assert client.get("/classes", headers={"Host": "a/livez?x="}).status_code == 401
     assert client.get("/classes", headers={"Host": "[", "X-API-Key": "k"}).status_code == 200
+
+    async def in_absolute_form(scope: Scope, receive: Receive, send: Send) -> None:
+        await client.app({**scope, "path": "http://livez" + scope["path"]}, receive, send)
+
+    assert TestClient(in_absolute_form).get("/classes").status_code == 401
+    assert TestClient(in_absolute_form).get("/classes", headers={"X-API-Key": "k"}).status_code == 200
 
 
 # ---- time

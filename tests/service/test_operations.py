@@ -50,6 +50,15 @@ def test_livez_and_readyz(client: TestClient) -> None:
     assert client.get("/readyz").json() == {"ok": True, "reasons": []}
 
 
+def test_load_balancers_may_ask_by_head(client: TestClient) -> None:
+    for path in ("/livez", "/readyz"):
+        told, asked = client.head(path), client.get(path)
+        assert (told.status_code, told.content) == (200, b"")
+        assert told.headers["content-length"] == asked.headers["content-length"]
+    client.app.state.models.drain()  # type: ignore[attr-defined]
+    assert client.head("/readyz").status_code == 503
+
+
 def test_draining_is_not_ready_but_alive_and_refuses_work(client: TestClient, png: bytes) -> None:
     client.app.state.models.drain()  # type: ignore[attr-defined]
     assert client.get("/livez").status_code == 200

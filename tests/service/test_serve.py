@@ -177,6 +177,13 @@ def test_requests_sent_at_once_are_answered_in_their_order(server: Server, png: 
     assert answers.count(b"\x89PNG") == 2
 
 
+@pytest.mark.parametrize("target", ["http://x/livez?a=b", "HTTPS://x:443/livez", "http://x", "http://x?a=b"])
+def test_a_target_may_name_its_host(server: Server, target: str) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: y\r\n\r\n".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize(
     "nonsense",
     [
