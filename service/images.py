@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from service.errors import InputError
 
@@ -36,6 +36,7 @@ FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "
 
 _MOST_HEADER_READS = 50_000  # by Pillow, some three for each chunk, segment, block or tag; sound files have hundreds
 _MOST_PNG_CHUNKS = 100_000  # with those of pixels, which are of 8 KB as libpng writes them
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _MOST_STRIP_BYTES = 1 << 18  # of a TIFF's list of strips or tiles: 65536 offsets of 4 bytes
 
 _ALPHA_MODES = {"LA", "PA", "RGBA", "RGBa"}
@@ -125,7 +126,7 @@ Image.register_open("TIFF", _Tiff, TiffImagePlugin._accept)
 
 
 class _PngStream(PngImagePlugin.PngStream):
-    """Pillow's, with a limit on chunks."""
+    """Pillow's, with a limit on chunks, and for which text or a colour profile beyond its own limits is no damage."""
 
     _chunks = 0
 
@@ -135,6 +136,20 @@ class _PngStream(PngImagePlugin.PngStream):
         if self._chunks > _MOST_PNG_CHUNKS:
             raise InputError("unsupported", f"the PNG has more than {_MOST_PNG_CHUNKS} chunks; save it anew")
         return super().read()
+
+    def call(self, cid: bytes, pos: int, length: int) -> bytes:
+        """As Pillow's, but passes over profiles, and over text once there is too much of it."""
+        assert self.fp is not None
+        if cid == b"iCCP" or (cid in _PNG_TEXTS and self.text_memory > PngImagePlugin.MAX_TEXT_MEMORY):
+            return ImageFile._safe_read(self.fp, length)
+        try:
+            return super().call(cid, pos, length)
+        except ValueError:
+            if cid not in _PNG_TEXTS:
+                raise
+            self.text_memory += PngImagePlugin.MAX_TEXT_CHUNK  # so much was inflated in vain
+            self.fp.seek(pos)
+            return ImageFile._safe_read(self.fp, length)
 
 
 PngImagePlugin.PngStream = _PngStream  # type: ignore[misc]  # the reader of PNGs asks for no other

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from tiny_model import encoded
 
 from service import images
@@ -311,6 +311,47 @@ def test_a_colour_profile_changes_nothing(photo: np.ndarray, format: str) -> Non
     plain, profiled = encoded(photo, format), encoded(photo, format, icc_profile=profile)
     assert len(profiled) > len(plain)
     np.testing.assert_array_equal(read(profiled).pixels, read(plain).pixels)
+
+
+# ---- text in a PNG
+
+LONG = zlib.compress(bytes(2_000_000))  # more, once inflated, than Pillow takes of one text
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [(b"zTXt", b"Comment\0\0" + LONG)],
+        [(b"iTXt", b"Comment\0\1\0\0\0" + LONG)],
+        [(b"iCCP", b"profile\0\0" + LONG)],
+        [(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1_000_000)))] * 80,
+        [(b"tEXt", b"Comment\0" + bytes(1_000_000))] * 80,
+    ],
+    ids=["compressed", "international", "profile", "many compressed", "many"],
+)
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_with_more_text_than_pillow_takes_is_read(extra: list[tuple[bytes, bytes]], behind: bool) -> None:
+    orientation = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    data = _png(2, 1, b"\0\x10\x90", extra=[(b"iTXt", orientation), *(() if behind else extra)])
+    if behind:
+        data = data[:-12] + b"".join(_chunk(*one) for one in extra) + data[-12:]
+    picture = read(data, max_bytes=1 << 27)
+    assert picture.pixels[..., 0].tolist() == [[0x10], [0x90]], "turned by the short text before the long one"
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt"])
+def test_text_inflates_only_so_much_however_many_there_are(name: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    inflated = []
+    inflate = PngImagePlugin._safe_zlib_decompress
+    monkeypatch.setattr(PngImagePlugin, "_safe_zlib_decompress", lambda data: inflated.append(1) or inflate(data))
+    head = b"Comment\0\0" if name == b"zTXt" else b"Comment\0\1\0\0\0"
+    assert read(_png(1, 1, b"\0\0", extra=[(name, head + LONG)] * 300)).width == 1
+    assert len(inflated) <= 70
+
+
+def test_damage_in_a_text_is_damage(photo: np.ndarray) -> None:
+    data = _png(1, 1, b"\0\0", extra=[(b"zTXt", b"Comment\0\0" + LONG)])
+    assert code_of(data.replace(LONG, LONG[:-1] + b"?")) == "truncated"
 
 
 # ---- headers of far too many parts
