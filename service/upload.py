@@ -6,7 +6,7 @@ import re
 import string
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +95,11 @@ class _InMemory(MultiPartParser):
     """Keeps files in memory, which the limit on the body bounds: what is sent is never written to a disk."""
 
     spool_max_size = sys.maxsize
+    ended = False
+
+    def on_end(self) -> None:
+        """The closing boundary has come."""
+        self.ended = True
 
 
 async def _form(request: Request, max_files: int) -> FormData:
@@ -104,12 +109,32 @@ async def _form(request: Request, max_files: int) -> FormData:
         raise InputError("missing_image", "the body is no form: send multipart/form-data with files in the field image")
     if parameters.get(b"charset", b"utf-8").lower() not in _CHARSETS:
         raise InputError("unsupported", "the charset of the form is not supported; send UTF-8")
+    boundary = parameters.get(b"boundary", b"")
     limits = {"max_files": max_files, "max_fields": _MAX_FIELDS, "max_part_size": _FORM_OVERHEAD}
+    parser = _InMemory(request.headers, _from_boundary(request.stream(), b"--" + boundary), **limits)
     try:
-        return await _InMemory(request.headers, request.stream(), **limits).parse()
+        form = await parser.parse()
     except (MultiPartException, ValueError) as error:
         reason = getattr(error, "message", None) or str(error)
         raise InputError("invalid_body", f"the form cannot be read: {reason.rstrip('.')}") from None
+    if not parser.ended:
+        closing = ascii((b"--" + boundary + b"--").decode("latin-1"))
+        raise InputError("invalid_body", f"the form ends early: its closing boundary {closing} is missing")
+    return form
+
+
+async def _from_boundary(stream: AsyncGenerator[bytes, None], boundary: bytes) -> AsyncGenerator[bytes, None]:
+    """The form without the preamble that RFC 2046 lets stand before the first line that is its boundary."""
+    held = b"\n"  # a boundary begins a line
+    async for chunk in stream:
+        held += chunk
+        start = held.find(b"\n" + boundary)
+        if start >= 0:
+            yield held[start + 1 :]
+            break
+        held = held[-len(boundary) :]
+    async for chunk in stream:
+        yield chunk
 
 
 def _split(form: FormData) -> tuple[list[UploadFile], list[tuple[str, str]]]:
