@@ -509,7 +509,7 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 def _options(settings: Settings, **given: str | int | None) -> Options:
     """The options of a segmentation, as a request would give them."""
     try:
-        return parse_options(option_pairs(given), settings)
+        return parse_options(option_pairs(given.items()), settings)
     except InputError as error:
         _fail(error.message, code=2)
 

@@ -23,16 +23,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from service.errors import InputError
 
 Image.init()  # Pillow loads its readers late otherwise, and the first bad upload would pay for it
 
 DECODE_SECONDS = 10.0  # for one file; a JPEG of thousands of scans would take hours, and no thread can be killed
+HEADER_SECONDS = 0.25  # of a processor's time for one header; sound ones take milliseconds
 
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
 
+_MOST_HEADER_READS = 50_000  # by Pillow, some three for each chunk, segment, block or tag; sound files have hundreds
+_MOST_PNG_CHUNKS = 100_000  # with those of pixels, which are of 8 KB as libpng writes them
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _MOST_STRIP_BYTES = 1 << 18  # of a TIFF's list of strips or tiles: 65536 offsets of 4 bytes
 
 _ALPHA_MODES = {"LA", "PA", "RGBA", "RGBa"}
@@ -121,18 +125,66 @@ class _Tiff(TiffImagePlugin.TiffImageFile):
 Image.register_open("TIFF", _Tiff, TiffImagePlugin._accept)
 
 
-class _TimedFile(io.BytesIO):
-    """A picture file whose reading ends DECODE_SECONDS after it was opened: Pillow decodes from read to read."""
+class _PngStream(PngImagePlugin.PngStream):
+    """Pillow's, with a limit on chunks, and for which text or a colour profile beyond its own limits is no damage."""
+
+    _chunks = 0
+
+    def read(self) -> tuple[bytes, int, int]:
+        """As Pillow's. Raises InputError for a file of far too many chunks."""
+        self._chunks += 1
+        if self._chunks > _MOST_PNG_CHUNKS:
+            raise InputError("unsupported", f"the PNG has more than {_MOST_PNG_CHUNKS} chunks; save it anew")
+        return super().read()
+
+    def call(self, cid: bytes, pos: int, length: int) -> bytes:
+        """As Pillow's, but passes over profiles, and over text once there is too much of it."""
+        assert self.fp is not None
+        if cid == b"iCCP" or (cid in _PNG_TEXTS and self.text_memory > PngImagePlugin.MAX_TEXT_MEMORY):
+            return ImageFile._safe_read(self.fp, length)
+        try:
+            return super().call(cid, pos, length)
+        except ValueError:
+            if cid not in _PNG_TEXTS:
+                raise
+            self.text_memory += PngImagePlugin.MAX_TEXT_CHUNK  # so much was inflated in vain
+            self.fp.seek(pos)
+            return ImageFile._safe_read(self.fp, length)
+
+
+PngImagePlugin.PngStream = _PngStream  # type: ignore[misc]  # the reader of PNGs asks for no other
+
+
+class _LimitedFile(io.BytesIO):
+    """A picture file that can be read for so long, and in its header so often: Pillow goes from read to read."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
-        self._until = time.monotonic() + DECODE_SECONDS
+        self._opened = time.monotonic()
+        self._worked = time.thread_time()
+        self._header_reads = 0
+        self._in_header = True
+
+    def leave_header(self) -> None:
+        """From now on, it is pixels that are read."""
+        self._in_header = False
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As of any file. Raises InputError when the time is over."""
-        if time.monotonic() > self._until:
+        """As of any file. Raises InputError when a limit is reached."""
+        if self._in_header:
+            self._check_header()
+        elif time.monotonic() - self._opened > DECODE_SECONDS:
             raise InputError("unsupported", f"the picture takes longer than {DECODE_SECONDS:g} s to decode")
         return super().read(size)
+
+    def _check_header(self) -> None:
+        self._header_reads += 1
+        if self._header_reads > _MOST_HEADER_READS:
+            raise InputError(
+                "unsupported", "the picture's header has far too many chunks, segments, blocks or tags; save it anew"
+            )
+        if time.thread_time() - self._worked > HEADER_SECONDS:
+            raise InputError("unsupported", f"the picture's header takes longer than {HEADER_SECONDS:g} s to read")
 
 
 @contextmanager
@@ -143,8 +195,10 @@ def _opened(data: bytes, max_bytes: int, max_pixels: int) -> Iterator[Image.Imag
     if len(data) > max_bytes:
         raise too_many_bytes(max_bytes)
     try:
-        with Image.open(_TimedFile(data), formats=FORMATS) as image:
+        file = _LimitedFile(data)
+        with Image.open(file, formats=FORMATS) as image:
             _check_pixels(image.size, max_pixels)
+            file.leave_header()
             yield image
     except (InputError, MemoryError):
         raise
@@ -191,6 +245,8 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where there is none or the EXIF block cannot be read, as the pixels may well be fine."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except InputError:  # a PNG's may stand behind its pixels, which then are decoded here
+        raise
     except Exception:
         _log.debug("unreadable EXIF", exc_info=True)
         return 1

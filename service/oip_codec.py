@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from service.errors import InputError
+from service.json_text import load_json
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -221,7 +222,7 @@ def _raw_request(body: bytes, raw_input: str | None) -> InferRequest:
 
 def _read_json(text: bytes) -> dict[str, Any]:
     try:
-        request = json.loads(text, parse_constant=_no_constant)
+        request = load_json(text, parse_constant=_no_constant)
     except RecursionError:
         raise _bad("the JSON is nested too deeply") from None
     except UnicodeDecodeError:
@@ -230,8 +231,6 @@ def _read_json(text: bytes) -> dict[str, Any]:
         ) from None
     except json.JSONDecodeError as error:
         raise _bad(f"the body is not valid JSON: {error}") from None
-    except ValueError:
-        raise _bad("a number in the JSON has too many digits") from None
     if not isinstance(request, dict):
         raise _bad(f'the body must be a JSON object with "inputs", not {_kind(request)}')
     return request

@@ -118,7 +118,7 @@ def _options(request: InferRequest, query: list[tuple[str, str]], one: Face, set
         elif name not in ("timeout", "priority", "sequence_id", "sequence_start", "sequence_end"):
             known = ", ".join(one.options)
             raise InputError("unknown_option", f"unknown parameter {name[:64]!a}; {one.name} knows {known}, timeout")
-    pairs = query + option_pairs(given)
+    pairs = query + option_pairs(given.items())
     timeout = request.parameters.get("timeout", 0)
     if type(timeout) is not int or timeout < 0:
         raise InputError("invalid_option", "parameter timeout must be a whole number of microseconds from 0 on")

@@ -1,7 +1,7 @@
 """What a request may ask for: one model of options, wherever the request gives them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -136,10 +136,10 @@ def _says_the_same(options: Options, given: dict[str, str], settings: Settings) 
         return False
 
 
-def option_pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+def option_pairs(members: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
     """Options as JSON gives them -> (name, text) pairs. Raises InputError for a value that no option can have."""
     pairs = []
-    for name, value in values.items():
+    for name, value in members:
         if value is None:
             continue
         parts = value if isinstance(value, list) else [value]

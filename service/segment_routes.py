@@ -94,7 +94,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
     async def segment(request: Request) -> Response:
         started = time.perf_counter()
         _check_not_compressed(request)
-        upload = await read_upload(request, settings.max_bytes)
+        upload = await read_upload(request, settings, models.workers)
         options = parse_options(upload.options, settings)
         format_, media_type = choose_format(", ".join(request.headers.getlist("accept")), options.format)
         options = options.model_copy(update={"format": format_})

@@ -1,13 +1,15 @@
 """One request body -> the picture's bytes and the options beside it, never keeping more than the limit."""
 
-import base64
 import binascii
-import json
+import io
 import re
 import string
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from python_multipart.multipart import parse_options_header
@@ -18,7 +20,10 @@ from starlette.types import Message, Receive
 
 from service.errors import InputError
 from service.images import too_many_bytes
+from service.json_text import load_json
 from service.options import option_pairs
+from service.pipeline import in_pool
+from service.settings import Settings
 
 PICTURE_FIELDS = ("image", "file")
 
@@ -26,7 +31,11 @@ _FORM_OVERHEAD = 64 * 1024  # part headers, boundaries and options around the pi
 _MAX_FIELDS = 32
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")  # of names and options; some that Python has are slow
 _MAX_COMMAS = 10_000  # in JSON, which has one between two values; base64 has none
-_DATA_URI = re.compile(r"data:[\w.+/-]{0,255}(;[\w=.+-]{1,255}){0,8};base64,", re.ASCII)
+_SHORT_JSON = 64 * 1024  # bytes, read on the event loop sooner than a thread would begin
+_URI_HEAD = r"data:[\w.+/-]{0,255}(;[\w=.+-]{1,255}){0,8};base64,"
+_DATA_URI = re.compile(_URI_HEAD, re.ASCII)
+_IMAGE = re.compile(rb'"image"\s*:\s*"' + _URI_HEAD.encode())
+_BASE64_PIECE = 2**20  # characters decoded at once
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,16 @@ class Upload:
     name: str = ""
 
 
-async def read_upload(request: Request, max_bytes: int) -> Upload:
+async def read_upload(request: Request, settings: Settings, workers: ThreadPoolExecutor) -> Upload:
     """Read a multipart form, a JSON object, or any other body as the picture itself.
 
     In a form the picture is the file field `image` (or `file`), in JSON the data URI `image`, or `{"url": ...}`.
-    Raises InputError with code too_many_bytes, missing_image, several_images, invalid_body or unsupported.
+    Long JSON is read by one of the `workers`.
+
+    Raises InputError with code too_many_bytes, missing_image, several_images, invalid_body, unsupported or
+    contradicting_options, and Refusal where no worker is free in time.
     """
+    max_bytes = settings.max_bytes
     query = request.query_params.multi_items()
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -53,7 +66,10 @@ async def read_upload(request: Request, max_bytes: int) -> Upload:
     if kind == "application/json":
         error = too_many_bytes(max_bytes)
         body = await within(request, max_bytes * 4 // 3 + _FORM_OVERHEAD, error).body()
-        return _from_json(body, query)
+        read = partial(_from_json, body, query)
+        if len(body) <= _SHORT_JSON:
+            return read()
+        return (await in_pool(workers, read, time.monotonic() + settings.max_timeout_ms / 1000))[0]
     return Upload(await within(request, max_bytes, too_many_bytes(max_bytes)).body(), query)
 
 
@@ -79,6 +95,11 @@ class _InMemory(MultiPartParser):
     """Keeps files in memory, which the limit on the body bounds: what is sent is never written to a disk."""
 
     spool_max_size = sys.maxsize
+    ended = False
+
+    def on_end(self) -> None:
+        """The closing boundary has come."""
+        self.ended = True
 
 
 async def _form(request: Request, max_files: int) -> FormData:
@@ -88,12 +109,32 @@ async def _form(request: Request, max_files: int) -> FormData:
         raise InputError("missing_image", "the body is no form: send multipart/form-data with files in the field image")
     if parameters.get(b"charset", b"utf-8").lower() not in _CHARSETS:
         raise InputError("unsupported", "the charset of the form is not supported; send UTF-8")
+    boundary = parameters.get(b"boundary", b"")
     limits = {"max_files": max_files, "max_fields": _MAX_FIELDS, "max_part_size": _FORM_OVERHEAD}
+    parser = _InMemory(request.headers, _from_boundary(request.stream(), b"--" + boundary), **limits)
     try:
-        return await _InMemory(request.headers, request.stream(), **limits).parse()
+        form = await parser.parse()
     except (MultiPartException, ValueError) as error:
         reason = getattr(error, "message", None) or str(error)
         raise InputError("invalid_body", f"the form cannot be read: {reason.rstrip('.')}") from None
+    if not parser.ended:
+        closing = ascii((b"--" + boundary + b"--").decode("latin-1"))
+        raise InputError("invalid_body", f"the form ends early: its closing boundary {closing} is missing")
+    return form
+
+
+async def _from_boundary(stream: AsyncGenerator[bytes, None], boundary: bytes) -> AsyncGenerator[bytes, None]:
+    """The form without the preamble that RFC 2046 lets stand before the first line that is its boundary."""
+    held = b"\n"  # a boundary begins a line
+    async for chunk in stream:
+        held += chunk
+        start = held.find(b"\n" + boundary)
+        if start >= 0:
+            yield held[start + 1 :]
+            break
+        held = held[-len(boundary) :]
+    async for chunk in stream:
+        yield chunk
 
 
 def _split(form: FormData) -> tuple[list[UploadFile], list[tuple[str, str]]]:
@@ -115,28 +156,73 @@ def _split(form: FormData) -> tuple[list[UploadFile], list[tuple[str, str]]]:
 
 
 def _from_json(body: bytes, query: list[tuple[str, str]]) -> Upload:
-    if body.count(b",") > _MAX_COMMAS:  # everything would stand still while millions of values are read
+    text, span = _taken_apart(body)
+    if text.count(b",") > _MAX_COMMAS:  # everything would stand still while millions of values are read
         raise InputError("invalid_body", "the JSON has far more values than there are options")
     try:
-        values: Any = json.loads(body)
+        members: Any = load_json(text, object_pairs_hook=tuple)  # which lists are not, and which keeps what came twice
     except (ValueError, RecursionError):
         raise InputError("invalid_body", "the body is not JSON, which its Content-Type says it is") from None
-    if not isinstance(values, dict):
+    if not isinstance(members, tuple):
         raise InputError("invalid_body", 'the body must be a JSON object, as in {"image": "data:image/png;base64,..."}')
-    image = values.pop("image", None)
-    options = query + option_pairs(values)
-    if isinstance(image, dict) and set(image) == {"url"} and isinstance(image["url"], str):
-        return Upload(b"", options, url=image["url"])
-    if not isinstance(image, str):
+    options = query + option_pairs((name, value) for name, value in members if name != "image")
+    images = [value for name, value in members if name == "image" and value is not None]
+    if not images or not all(isinstance(image, str) or _is_by_url(image) for image in images):
         raise InputError("missing_image", 'the body has no picture: set image to a data URI, or to {"url": ...}')
-    start = _DATA_URI.match(image)
-    if not start:
+    image = images[0]
+    if any(other != image for other in images):
+        raise InputError("contradicting_options", "image is given twice, and not the same")
+    if _is_by_url(image):
+        return Upload(b"", options, url=image[0][1])
+    head = _DATA_URI.match(image)
+    if not head:
         raise InputError("missing_image", "image must be a data URI, as in data:image/png;base64,iVBORw0...")
     try:
-        joined = image[start.end() :].encode("ascii").translate(None, string.whitespace.encode())
-        return Upload(base64.b64decode(joined, validate=True), options)
-    except (binascii.Error, ValueError):
+        if span is None:
+            return Upload(_decoded(image.encode("ascii"), head.end(), len(image), string.whitespace), options)
+        return Upload(_decoded(body, *span, blanks=" "), options)  # all else must be escaped in a string of JSON
+    except ValueError:
         raise InputError("invalid_body", "the data URI in image is not valid base64") from None
+
+
+def _is_by_url(image: Any) -> bool:
+    return isinstance(image, tuple) and [name for name, _ in image] == ["url"] and isinstance(image[0][1], str)
+
+
+def _taken_apart(body: bytes) -> tuple[bytes, tuple[int, int] | None]:
+    """The JSON without the base64 of its picture, and where that begins and ends in the body; the whole body and None
+    where bytes alone do not tell.
+
+    Python's lock is held for as long as a string in JSON is walked, 45 ms for a picture of 20 MB.
+    """
+    head = _IMAGE.search(body)
+    if head is None or b"\\" in body:
+        return body, None
+    start = head.end()
+    end = body.find(b'"', start)
+    rest = body[:start] + body[end:]
+    if end < 0 or rest.count(b'"image"') > 1:
+        return body, None
+    return rest, (start, end)
+
+
+def _decoded(text: bytes, start: int, end: int, blanks: str) -> bytes:
+    """The base64 from `start` to `end`, blanks passed over -> its bytes. Between two pieces other threads have a turn.
+
+    Raises ValueError for anything else.
+    """
+    padding = text.find(b"=", start, end)
+    if padding >= 0 and text[padding:end].translate(None, blanks.encode()) not in (b"=", b"=="):
+        raise ValueError("padding before the end, which might be that of a piece")
+    decoded, rest = io.BytesIO(), b""
+    for begin in range(start, end, _BASE64_PIECE):
+        rest += text[begin : min(begin + _BASE64_PIECE, end)].translate(None, blanks.encode())
+        whole = len(rest) - len(rest) % 4
+        decoded.write(binascii.a2b_base64(rest[:whole], strict_mode=True))
+        rest = rest[whole:]
+    if rest:
+        raise ValueError("cut short")
+    return decoded.getvalue()
 
 
 def within(request: Request, limit: int, error: InputError) -> Request:

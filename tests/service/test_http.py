@@ -1,5 +1,6 @@
 """Promise: the HTTP face answers as documented, bit for bit what the engine says, and tells in JSON what is wrong."""
 
+import asyncio
 import base64
 import gzip
 import io
@@ -7,7 +8,7 @@ import json
 import re
 import threading
 import tomllib
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import service
 from service.engine import Engine
 from service.errors import STATUS_OF_CODE
 from service.options import Options
+from service.upload import _from_boundary
 
 
 def mask_of(answer: dict[str, Any]) -> np.ndarray:
@@ -267,6 +269,51 @@ def test_form_without_a_picture(client: TestClient, png: bytes) -> None:
     text = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nq.png\r\n--b--\r\n'
     assert "-F image=@" in assert_error(client.post("/segment", content=text, headers=boundary), 400, "missing_image")
     assert_error(client.post("/segment", files={"picture": ("q.png", png)}), 422, "unknown_option")
+
+
+CLOSED = b"\r\n--b--\r\n"
+
+
+def _form_of(png: bytes, preamble: bytes = b"", end: bytes = CLOSED) -> dict[str, Any]:
+    flip = b'--b\r\nContent-Disposition: form-data; name="flip"\r\n\r\ntrue\r\n'
+    file = b'--b\r\nContent-Disposition: form-data; name="image"; filename="q.png"\r\n\r\n'
+    return {
+        "content": preamble + flip + file + png + end,
+        "headers": {"Content-Type": "multipart/form-data; boundary=b"},
+    }
+
+
+@pytest.mark.parametrize("end", [b"", b"\r\n", b"\r\n--b", b"\r\n--b-", b"\r\n--b\r\n", b"\r\n--b\r\nContent-Dispo"])
+@pytest.mark.parametrize("route", ["/segment", "/segment/batch"])
+def test_a_form_without_its_end_is_cut_short(client: TestClient, png: bytes, route: str, end: bytes) -> None:
+    message = assert_error(client.post(route, **_form_of(png, end=end)), 400, "invalid_body")
+    assert message == "the form ends early: its closing boundary '--b--' is missing"
+
+
+@pytest.mark.parametrize("end", [CLOSED, b"\r\n--b--", b"\r\n--b--\r\nan epilogue"])
+@pytest.mark.parametrize("preamble", [b"\r\n", b"\n", b"of --b two\r\n-lines\r\n", b"x" * 300_000 + b"\r\n"])
+def test_a_form_may_have_a_preamble_and_an_epilogue(
+    client: TestClient, png: bytes, quadrants_mask: np.ndarray, preamble: bytes, end: bytes
+) -> None:
+    answer = client.post("/segment", **_form_of(png, preamble, end)).json()
+    assert answer["flip"] is True
+    np.testing.assert_array_equal(mask_of(answer), quadrants_mask)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 100])
+@pytest.mark.parametrize("preamble", [b"", b"\r\n", b"--\n", b"a --bound\r\n-\n--\r\n"])
+def test_a_preamble_ends_where_it_does_however_it_is_cut(preamble: bytes, size: int) -> None:
+    form = b"--bound\r\nX: y\r\n\r\n1\r\n--bound--\r\n"
+    sent = preamble + form
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(sent), size):
+            yield sent[start : start + size]
+
+    async def received() -> bytes:
+        return b"".join([piece async for piece in _from_boundary(pieces(), b"--bound")])
+
+    assert asyncio.run(received()) == form
 
 
 def test_form_with_two_pictures(client: TestClient, png: bytes) -> None:

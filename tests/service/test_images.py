@@ -4,15 +4,16 @@ import io
 import random
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from tiny_model import encoded
 
+from service import images
 from service.errors import InputError
-from service.images import Picture, decode
+from service.images import Picture, decode, read_size
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
@@ -312,6 +313,101 @@ def test_a_colour_profile_changes_nothing(photo: np.ndarray, format: str) -> Non
     np.testing.assert_array_equal(read(profiled).pixels, read(plain).pixels)
 
 
+# ---- text in a PNG
+
+LONG = zlib.compress(bytes(2_000_000))  # more, once inflated, than Pillow takes of one text
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [(b"zTXt", b"Comment\0\0" + LONG)],
+        [(b"iTXt", b"Comment\0\1\0\0\0" + LONG)],
+        [(b"iCCP", b"profile\0\0" + LONG)],
+        [(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1_000_000)))] * 80,
+        [(b"tEXt", b"Comment\0" + bytes(1_000_000))] * 80,
+    ],
+    ids=["compressed", "international", "profile", "many compressed", "many"],
+)
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_with_more_text_than_pillow_takes_is_read(extra: list[tuple[bytes, bytes]], behind: bool) -> None:
+    orientation = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    data = _png(2, 1, b"\0\x10\x90", extra=[(b"iTXt", orientation), *(() if behind else extra)])
+    if behind:
+        data = data[:-12] + b"".join(_chunk(*one) for one in extra) + data[-12:]
+    picture = read(data, max_bytes=1 << 27)
+    assert picture.pixels[..., 0].tolist() == [[0x10], [0x90]], "turned by the short text before the long one"
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt"])
+def test_text_inflates_only_so_much_however_many_there_are(name: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    inflated = []
+    inflate = PngImagePlugin._safe_zlib_decompress
+    monkeypatch.setattr(PngImagePlugin, "_safe_zlib_decompress", lambda data: inflated.append(1) or inflate(data))
+    head = b"Comment\0\0" if name == b"zTXt" else b"Comment\0\1\0\0\0"
+    assert read(_png(1, 1, b"\0\0", extra=[(name, head + LONG)] * 300)).width == 1
+    assert len(inflated) <= 70
+
+
+def test_damage_in_a_text_is_damage(photo: np.ndarray) -> None:
+    data = _png(1, 1, b"\0\0", extra=[(b"zTXt", b"Comment\0\0" + LONG)])
+    assert code_of(data.replace(LONG, LONG[:-1] + b"?")) == "truncated"
+
+
+# ---- headers of far too many parts
+
+MANY = 60_000
+
+
+def _repeated_in_header(kind: str, times: int) -> bytes:
+    """A sound picture of 1 x 1 pixel whose header repeats, so many times, the least part that its format allows."""
+    pixel = Image.new("P", (1, 1))
+    if kind == "PNG chunk":
+        return _png(1, 1, b"\0\0", extra=[(b"prVt", b"")] * times)
+    if kind == "TIFF tag":
+        return _tiff(1, 1, b"\0", 8, more=[(300, 0)] * times)
+    if kind == "PPM space":
+        return b"P6" + b" " * times + b"1 1 255\n" + bytes(3)
+    if kind.startswith("GIF"):
+        data = encoded(pixel, "GIF")
+        start = data.index(b",")  # of the frame
+        part = b"!\xfe\0" * times if kind == "GIF comment" else b"!\xfe" + b"\1a" * times + b"\0"
+        return data[:start] + part + data[start:]
+    data = encoded(pixel.convert("RGB"), "JPEG")
+    return data[:2] + {"JPEG comment": b"\xff\xfe\0\2", "JPEG fill byte": b"\xff"}[kind] * times + data[2:]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["PNG chunk", "TIFF tag", "PPM space", "GIF comment", "GIF block", "JPEG comment", "JPEG fill byte"],
+)
+def test_a_header_of_far_too_many_parts_is_refused_however_sound(kind: str) -> None:
+    limits = {"max_bytes": 1 << 20, "max_pixels": 1}
+    assert read_size(_repeated_in_header(kind, MANY // 10), **limits) == (1, 1)
+    assert read(_repeated_in_header(kind, MANY // 10)).pixels.shape == (1, 1, 3)
+    with pytest.raises(InputError, match="header has far too many") as refused:
+        read_size(_repeated_in_header(kind, MANY), **limits)
+    assert refused.value.code == "unsupported"
+
+
+def test_a_header_has_far_less_time_than_the_pixels(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert images.HEADER_SECONDS <= images.DECODE_SECONDS / 10
+    monkeypatch.setattr(images, "HEADER_SECONDS", -1.0)
+    with pytest.raises(InputError, match="header takes longer"):
+        read_size(encoded(photo), max_bytes=1 << 20, max_pixels=1 << 20)
+
+
+@pytest.mark.parametrize("name", [b"IDAT", b"prVt"])
+def test_a_png_of_far_too_many_chunks_behind_its_header_is_refused(name: bytes) -> None:
+    sound = _png(1, 1, b"\0\0")
+    for times, fault in ((1_000, None), (110_000, "unsupported")):
+        data = sound[:-12] + _chunk(name, b"") * times + sound[-12:]
+        if fault is None:
+            assert read(data).width == 1
+        else:
+            assert code_of(data, max_bytes=1 << 21) == fault
+
+
 # ---- limits
 
 
@@ -348,7 +444,15 @@ def test_a_bomb_is_refused_by_its_header_alone(side: int) -> None:
     assert code_of(_png(side, side, rows=b"")) == "too_many_pixels"
 
 
-def _tiff(width: int, height: int, data: bytes, bits: int, photometric: int = 1, strips: int = 1) -> bytes:
+def _tiff(
+    width: int,
+    height: int,
+    data: bytes,
+    bits: int,
+    photometric: int = 1,
+    strips: int = 1,
+    more: Sequence[tuple[int, int]] = (),
+) -> bytes:
     """An uncompressed grey TIFF of these rows; with more than one strip, of offsets that are the data's bytes."""
     tags = [
         (256, width),
@@ -359,6 +463,7 @@ def _tiff(width: int, height: int, data: bytes, bits: int, photometric: int = 1,
         (273, 0),
         (277, 1),
         (279, len(data)),
+        *more,
     ]
     tags.insert(7, (278, height if strips == 1 else 1))
     start = 8 + 2 + 12 * len(tags) + 4
@@ -371,13 +476,26 @@ def _tiff(width: int, height: int, data: bytes, bits: int, photometric: int = 1,
     return b"".join([*parts, struct.pack("<I", 0), data])
 
 
-def _png(width: int, height: int, rows: bytes, bit_depth: int = 8, colour_type: int = 0, key: bytes = b"") -> bytes:
-    def chunks() -> Iterator[tuple[bytes, bytes]]:
-        yield b"IHDR", struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+def _png(
+    width: int,
+    height: int,
+    rows: bytes,
+    bit_depth: int = 8,
+    colour_type: int = 0,
+    key: bytes = b"",
+    extra: Sequence[tuple[bytes, bytes]] = (),
+) -> bytes:
+    def chunks() -> Iterator[bytes]:
+        yield _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0))
         if key:
-            yield b"tRNS", key
-        yield b"IDAT", zlib.compress(rows)
-        yield b"IEND", b""
+            yield _chunk(b"tRNS", key)
+        for name, data in extra:
+            yield _chunk(name, data)
+        yield _chunk(b"IDAT", zlib.compress(rows))
+        yield _chunk(b"IEND", b"")
 
-    body = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks())
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks())
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,6 +1,7 @@
 """Promise: whatever is uploaded, the answer is a sentence and never a 5xx, and the service goes on."""
 
 import asyncio
+import base64
 import itertools
 import json
 import tempfile
@@ -21,7 +22,7 @@ from tiny_model import encoded
 
 from benchmarks.malformed import Stock, good_picture_is_answered, malformed, send, stock_for
 from benchmarks.wire import Request, request_bytes
-from service import images, pipeline
+from service import images, pipeline, upload
 from service.app import create_app
 from service.errors import InputError, Refusal
 from service.images import decode
@@ -89,12 +90,26 @@ def test_numbers_of_thousands_of_digits(client: TestClient, quadrants: np.ndarra
         (b'{"image": "data:;base64,aGVsbG8=", "\\ud800": {}}', 422, "invalid_option"),
         (b'{"image": "", "scales": [' + b"1," * 20_000 + b"1]}", 400, "invalid_body"),
         (b'{"image": "data:' + b"a" * 500_000 + b'"}', 400, "missing_image"),
+        (b'{"image": DEEP, "image": DEEP}'.replace(b"DEEP", b'{"a":' * 400 + b"1" + b"}" * 400), 400, "missing_image"),
     ],
-    ids=["half a surrogate pair", "flood of values", "endless media type"],
+    ids=["half a surrogate pair", "flood of values", "endless media type", "deep twins"],
 )
 def test_hostile_json(client: TestClient, body: bytes, status: int, code: str) -> None:
     answer = client.post("/segment", content=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("digits", [501, 4200, 5000, 100_000])
+def test_a_number_of_hundreds_of_digits_is_not_read(client: TestClient, digits: int, encoding: str) -> None:
+    number = "7" * digits
+    for path, body in (
+        ("/segment", f'{{"image": "data:;base64,AAAA", "scales": [-{number}]}}'),
+        ("/v2/models/tiny/infer", f'{{"inputs": [{number}]}}'),
+    ):
+        answer = client.post(path, content=body.encode(encoding), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
+        assert "a number in the JSON has too many digits" in answer.text
 
 
 @pytest.mark.parametrize("charset", ["undefined", "idna", "punycode", "utf-7", "zlib"])
@@ -168,6 +183,30 @@ def test_a_file_whose_header_takes_long_holds_nobody_up(
         assert client.get("/livez").status_code == 200
         assert not answer.done()
         go_on.set()
+        assert answer.result(WAIT).status_code == 200
+
+
+def test_long_json_holds_nobody_up(
+    client_with: Callable[..., TestClient], noise: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    load_json = upload.load_json
+
+    def slow(text: bytes, **hooks: Any) -> Any:
+        entered.set()
+        assert go_on.wait(WAIT)
+        return load_json(text, **hooks)
+
+    monkeypatch.setattr(upload, "load_json", slow)
+    body = {"image": "data:;base64," + base64.b64encode(encoded(noise)).decode()}
+    with client_with() as client, ThreadPoolExecutor(1) as pool:  # `with`: one event loop for all requests
+        answer = pool.submit(client.post, "/segment", json=body)
+        assert entered.wait(WAIT)
+        try:
+            assert client.get("/livez").status_code == 200
+            assert not answer.done()
+        finally:
+            go_on.set()
         assert answer.result(WAIT).status_code == 200
 
 

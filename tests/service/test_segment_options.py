@@ -18,6 +18,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from tiny_model import CLASSES, encoded
 
+from service import upload
 from service.engine import Engine
 from service.errors import InputError
 from service.fetch import fetch, is_public
@@ -231,6 +232,10 @@ def test_base64_with_line_breaks_as_a_shell_writes_it(client: TestClient, noisy:
         (b'{"image": "data:image/png;base64,!!!!"}', 400, "invalid_body"),
         (b'{"image": "data:image/png;base64,"}', 400, "empty"),
         (b'{"image": "data:image/png;base64,aGVsbG8="}', 415, "not_an_image"),
+        (b'{"image": "data:image/png;base64,iVBO\nRw0="}', 400, "invalid_body"),
+        (b'{"image": "data:image/png;base64,iVBO Rw0"}', 400, "invalid_body"),
+        (b'{"image": "data:image/png;base64,AA==AAAA"}', 400, "invalid_body"),
+        (b'{"image": "data:image/png;base64,iV\xff\xff"}', 400, "invalid_body"),
         (b'{"image": "data:;base64,aGVsbG8=", "scales": {}}', 422, "invalid_option"),
         (b'{"image": "data:;base64,aGVsbG8=", "sclaes": 1}', 422, "unknown_option"),
         (b'{"image": {"url": "https://example.com/a.png"}}', 403, "url_input_off"),
@@ -239,6 +244,89 @@ def test_base64_with_line_breaks_as_a_shell_writes_it(client: TestClient, noisy:
 def test_a_json_body_at_fault_is_a_sentence(client: TestClient, body: bytes, status: int, code: str) -> None:
     answer = client.post("/segment", content=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def _json_answer(client: TestClient, body: bytes) -> Any:
+    return client.post("/segment", content=body, headers={"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    ("members", "part"),
+    [
+        ('"flip": true, "flip": false', "option flip is given twice: 'True' and 'False'"),
+        ('"scales": [1], "scales": [0.5]', "option scales"),
+        ('"image": "data:;base64,AAAA"', "image is given twice"),
+        ('"im\\u0061ge": {"url": "https://example.com/a.png"}', "image is given twice"),
+    ],
+)
+def test_json_may_not_contradict_itself(client: TestClient, quadrants: np.ndarray, members: str, part: str) -> None:
+    answer = _json_answer(client, f'{{"image": "{data_uri(quadrants)}", {members}}}'.encode())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "contradicting_options")
+    assert part in answer.json()["error"]["message"]
+
+
+def test_json_may_say_the_same_twice(client: TestClient, quadrants: np.ndarray) -> None:
+    uri = data_uri(quadrants)
+    body = f'{{"image": "{uri}", "image": null, "image": "{uri}", "flip": true, "flip": "true", "scales": null}}'
+    answer = _json_answer(client, body.encode())
+    assert answer.status_code == 200
+    assert answer.json()["flip"] is True
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"image": "URI"}',
+        '{"flip": true, "image" :\n"URI", "scales": [0.5, 1]}',
+        '{"image": "URI", "model": "\\u0061"}',
+        '{"image": "URI", "classes": "image"}',
+        '{"image": "URI", "note": {"image": "URI"}}',
+        '{"note": {"image": "URI"}}',
+        '{"note": "URI", "image": "data:;base64,"}',
+        '{"image": "URI", "image": "URI"}',
+        '{"image": "URI',
+        '{"image": "URI"',
+        '["image": "URI"]',
+        '"URI"',
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_without_its_picture_says_what_the_whole_says(
+    quadrants: np.ndarray, body: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = body.replace("URI", data_uri(quadrants)).encode(encoding)
+
+    def outcome() -> Any:
+        try:
+            return upload._from_json(sent, [("flip", "true")])
+        except InputError as error:
+            return error.code, error.message
+
+    apart = outcome()
+    monkeypatch.setattr(upload, "_taken_apart", lambda body: (body, None))
+    assert apart == outcome()
+
+
+def test_the_picture_in_json_is_walked_once(quadrants: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    walked = []
+    load = upload.load_json
+    monkeypatch.setattr(upload, "load_json", lambda text, **hooks: walked.append(len(text)) or load(text, **hooks))
+    body = json.dumps({"image": data_uri(quadrants), "flip": True}).encode()
+    assert upload._from_json(body, []).picture == encoded(quadrants)
+    assert walked == [len('{"image": "data:image/png;base64,", "flip": true}')]
+
+
+@pytest.mark.parametrize("piece", [1, 4, 5, 1000])
+def test_base64_in_pieces_is_base64(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "_BASE64_PIECE", piece)
+    good = [base64.b64encode(bytes(range(200, 200 + count))) for count in range(12)]
+    good += [b"A A A A", b" ", b"AAAA AA = = ", b"AA==\n", b"AA\n=="]
+    for text in good:
+        assert upload._decoded(b"xy" + text + b"z", 2, 2 + len(text), " \n") == base64.b64decode(text), text
+    bad = [b"A", b"AA", b"AAA", b"AA=", b"AA==AAAA", b"AAA=AAA=", b"=", b"====", b"AAAA=", b"AAAA====", b"AA=A"]
+    for text in [*bad, b"AA-_", b"AA==A", b"\xff\xff\xff\xff", b"AAAA\x0b"]:
+        with pytest.raises(ValueError):
+            upload._decoded(b"xy" + text + b"z", 2, 2 + len(text), " \n")
 
 
 # ---- batches
