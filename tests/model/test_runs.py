@@ -145,6 +145,7 @@ def test_ctrl_c_waits_for_a_command_that_saves(saving, tmp_path, monkeypatch):
     assert (tmp_path / "saved").exists() and begun[0].returncode == 130
 
 
+@pytest.mark.usefixtures("terminal_signals")
 def test_a_second_ctrl_c_ends_a_command_that_does_not(saving, tmp_path, monkeypatch):
     begun = child_of(runs, monkeypatch)
 
@@ -161,6 +162,7 @@ def test_a_second_ctrl_c_ends_a_command_that_does_not(saving, tmp_path, monkeypa
     assert begun[0].returncode == -signal.SIGKILL and not (tmp_path / "saved").exists()
 
 
+@pytest.mark.usefixtures("terminal_signals")
 @pytest.mark.parametrize("statement", ["raise SystemExit(130)", "import os; os.kill(os.getpid(), 2)"])
 def test_a_command_that_was_interrupted_alone_interrupts_the_list(tmp_path, monkeypatch, statement):
     (tmp_path / "interrupted.py").write_text(statement)

@@ -12,8 +12,10 @@ import torch
 from model import train
 from model.checkpoint import load_checkpoint
 from model.command import finish
-from model.stopping import SIGNALS, stop_signals
+from model.stopping import stop_signals
 from tests.model.folders import write_scenes
+
+pytestmark = pytest.mark.usefixtures("terminal_signals")
 
 TINY = [
     "backbone=resnet18", "channels=16", "codewords=4", "batch=2", "crop=32", "base_size=48", "epochs=3",
@@ -24,15 +26,6 @@ TINY = [
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("scenes"))
-
-
-@pytest.fixture(autouse=True)
-def heard() -> Iterator[None]:
-    """Signals as in a terminal: a suite that runs in the background has Ctrl-C ignored."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
