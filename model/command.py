@@ -25,7 +25,7 @@ def finish(work: Callable[[], int | None], *mistakes: type[Exception]) -> int:
         if not is_out_of_memory(error):
             raise
         advice = "a smaller batch, smaller crops or pictures, or half precision need less"
-        sentence, status = f"error: memory does not suffice ({first_line(error) or 'MemoryError'}): {advice}", MISTAKE
+        sentence, status = f"error: memory does not suffice ({first_line(error)}): {advice}", MISTAKE
     except KeyboardInterrupt:
         sentence, status = "stopped before it was done", INTERRUPTED
     print(sentence, file=sys.stderr)

@@ -34,6 +34,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError) and cause.errno is not None:
+        if isinstance(cause, OSError) and cause.errno is not None and cause.filename is None:  # else of another file
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
