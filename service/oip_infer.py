@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -68,7 +69,7 @@ async def answer_infer(
         plan = replace(pipeline.plan(options), probabilities=wanted)
         await _check_outputs(outputs, pictures, pipeline, options, deadline)
         async with departure(request) as departed:
-            segment = partial(pipeline.segment, options=options, plan=plan, deadline=deadline, departed=departed)
+            segment = partial(pipeline.segmented, options=options, plan=plan, deadline=deadline, departed=departed)
             results = await _one_for_each(pictures, segment)
     head = {"model_name": one.name, "model_version": VERSION}
     if infer_request.id is not None:
@@ -171,15 +172,22 @@ def _pictures(image: InputTensor, settings: Settings) -> list[Any]:
 
 
 async def _one_for_each(
-    pictures: list[Any], segment: Callable[[bytes | np.ndarray], Coroutine[Any, Any, Result]]
+    pictures: list[Any], segment: Callable[[bytes | np.ndarray], AbstractAsyncContextManager[Result]]
 ) -> list[Result]:
-    """Segment the pictures of a request, a few at a time. Where one fails, so does the request, and names it."""
+    """Segment the pictures of a request, a few at a time. Where one fails, so does the request, and names it.
+
+    What is done counts no longer as admitted: the results wait for each other, and might be more than is let in.
+    """
     siblings = Siblings()
+
+    async def result_of(picture: bytes | np.ndarray) -> Result:
+        async with segment(picture) as result:
+            return result
 
     async def one(index: int, picture: bytes | np.ndarray) -> Result:
         async with siblings.turns:
             try:
-                return await siblings.segment(partial(segment, picture))
+                return await siblings.segment(partial(result_of, picture))
             except InputError as error:
                 raise _named(error, index) from None
 

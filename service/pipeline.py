@@ -213,19 +213,6 @@ class Pipeline:
         finally:
             self._leave(submitted, place)
 
-    async def segment(
-        self,
-        source: bytes | np.ndarray,
-        options: Options,
-        *,
-        plan: Plan | None = None,
-        deadline: float | None = None,
-        departed: Departure | None = None,
-    ) -> Result:
-        """As `segmented`, for a result that counts no longer."""
-        async with self.segmented(source, options, plan=plan, deadline=deadline, departed=departed) as result:
-            return result
-
     async def encode(
         self,
         result: Result,

@@ -26,7 +26,7 @@ from service.engine import Engine
 from service.errors import Departed, InputError, Refusal
 from service.models import Models
 from service.options import Options
-from service.pipeline import Admitted, Pipeline
+from service.pipeline import Admitted, Pipeline, Result
 from service.settings import Settings
 
 WAIT = 60
@@ -89,10 +89,15 @@ def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     return asyncio.run(asyncio.wait_for(main(), WAIT))
 
 
+async def segment(pipeline: Pipeline, source: Any, options: Options, **more: Any) -> Result:
+    async with pipeline.segmented(source, options, **more) as result:
+        return result
+
+
 async def started(pipeline: Pipeline, source: Any = GREY, **options: Any) -> "asyncio.Task[Any]":
     """A segmentation under way: admitted, and its picture handed to the device."""
     before = pipeline.admitted.requests
-    task = asyncio.create_task(pipeline.segment(source, Options.model_construct(**options)))
+    task = asyncio.create_task(segment(pipeline, source, Options.model_construct(**options)))
     while pipeline.admitted.requests == before and not task.done():
         await asyncio.sleep(0.005)
     return task
@@ -183,13 +188,13 @@ def test_a_full_queue_refuses_with_the_time_until_there_is_room(pipeline: Callab
     async def main() -> None:
         served = pipeline(max_queue_pixels=served_cost * 2)
         first, second = await started(served), await started(served)
-        refused = await refusal_of(served.segment(GREY, Options()))
+        refused = await refusal_of(segment(served, GREY, Options()))
         assert (refused.code, refused.status) == ("overloaded", 429)
         assert int(refused.headers["Retry-After"]) >= 1
         assert str(served_cost) in refused.message
         gate.set()
         await asyncio.gather(first, second)
-        await served.segment(GREY, Options())
+        await segment(served, GREY, Options())
         assert served.admitted.requests == served.admitted.cost == 0
 
     served_cost = pipeline().estimate(30, 20, pipeline().engine.plan()).work.cost
@@ -205,7 +210,7 @@ def test_a_full_queue_names_the_time_until_enough_of_it_is_done(pipeline: Callab
             served.device.cost_model.observe(work, 100.0)
         taken = [await started(served, timeout_ms=3_600_000) for _ in range(2)]
         wait_s = served.estimate(30, 20, plan).wait_s
-        refused = await refusal_of(served.segment(GREY, Options.model_construct(timeout_ms=3_600_000)))
+        refused = await refusal_of(segment(served, GREY, Options.model_construct(timeout_ms=3_600_000)))
         assert refused.retry_after == pytest.approx(wait_s / 2, rel=0.1), "half of what is queued has to go"
         gate.set()
         await asyncio.gather(*taken)
@@ -215,7 +220,7 @@ def test_a_full_queue_names_the_time_until_enough_of_it_is_done(pipeline: Callab
 
 def test_an_empty_house_lets_in_whatever_it_costs(pipeline: Callable[..., Pipeline], gate: Any) -> None:
     gate.set()
-    run(lambda: pipeline(max_queue_pixels=1).segment(GREY, Options()))
+    run(lambda: segment(pipeline(max_queue_pixels=1), GREY, Options()))
 
 
 def test_who_cannot_be_in_time_is_refused_at_once(pipeline: Callable[..., Pipeline], gate: Any) -> None:
@@ -224,7 +229,7 @@ def test_who_cannot_be_in_time_is_refused_at_once(pipeline: Callable[..., Pipeli
         for _ in range(50):
             served.device.cost_model.observe(served.engine.work(30, 20, served.engine.plan()), 4.0)
         first = await started(served, timeout_ms=60_000)
-        refused = await refusal_of(served.segment(GREY, Options.model_construct(timeout_ms=5_000)))
+        refused = await refusal_of(segment(served, GREY, Options.model_construct(timeout_ms=5_000)))
         assert refused.code == "overloaded"
         assert 1 <= int(refused.headers["Retry-After"]) <= 8
         patient = await started(served, timeout_ms=60_000)
@@ -240,12 +245,12 @@ def test_where_the_wait_alone_is_too_long_no_header_is_read(pipeline: Callable[.
         for _ in range(50):
             served.device.cost_model.observe(served.engine.work(30, 20, served.engine.plan()), 40.0)
         first = await started(served, timeout_ms=60_000)
-        refused = await refusal_of(served.segment(b"no picture", Options.model_construct(timeout_ms=5_000)))
+        refused = await refusal_of(segment(served, b"no picture", Options.model_construct(timeout_ms=5_000)))
         assert refused.code == "overloaded"
         gate.set()
         await first
         with pytest.raises(InputError, match="not a picture"):
-            await served.segment(b"no picture", Options.model_construct(timeout_ms=5_000))
+            await segment(served, b"no picture", Options.model_construct(timeout_ms=5_000))
 
     run(main)
 
@@ -297,7 +302,7 @@ def test_the_deadline_ends_a_request_that_runs_and_its_cost_counts_until_the_run
 ) -> None:
     async def main() -> None:
         served = pipeline(deadline_share=1.0)
-        refused = await refusal_of(served.segment(GREY, Options.model_construct(timeout_ms=200)))
+        refused = await refusal_of(segment(served, GREY, Options.model_construct(timeout_ms=200)))
         assert (refused.code, refused.status) == ("deadline_passed", 504)
         assert served.engine.runs == 1  # type: ignore[attr-defined]
         assert served.admitted.requests == 1
@@ -327,10 +332,10 @@ def test_a_request_counts_until_its_answer_is_written(pipeline: Callable[..., Pi
         first = asyncio.create_task(answered())
         await asyncio.to_thread(writing.wait, WAIT)
         assert served.estimate(30, 20, served.engine.plan()).wait_s == 0, "the device is free"
-        assert (await refusal_of(served.segment(GREY, Options()))).code == "overloaded"
+        assert (await refusal_of(segment(served, GREY, Options()))).code == "overloaded"
         go_on.set()
         assert (await first)[0] == "written"
-        await served.segment(GREY, Options())
+        await segment(served, GREY, Options())
 
     run(main)
 
@@ -344,7 +349,7 @@ def test_who_cannot_be_in_time_for_the_writing_of_its_answer_is_refused(
             served.encode_times.observe("npz", 1_000_000, 4e4)
         first = await started(served, format="png", timeout_ms=60_000)
         slow = Options.model_construct(format="npz", timeout_ms=20_000)
-        assert (await refusal_of(served.segment(GREY, slow))).code == "overloaded", "600 pixels take 23 s to write"
+        assert (await refusal_of(segment(served, GREY, slow))).code == "overloaded", "600 pixels take 23 s to write"
         second = await started(served, format="png", timeout_ms=20_000)
         gate.set()
         await asyncio.gather(first, second)
@@ -382,11 +387,11 @@ def test_the_limit_is_for_all_models_together(pipeline: Callable[..., Pipeline],
     async def main() -> None:
         one, other = pipeline(max_queue_pixels=1), pipeline(max_queue_pixels=1)
         first = await started(one)
-        refused = await refusal_of(other.segment(GREY, Options()))
+        refused = await refusal_of(segment(other, GREY, Options()))
         assert refused.code == "overloaded"
         gate.set()
         await first
-        await other.segment(GREY, Options())
+        await segment(other, GREY, Options())
 
     run(main)
 
@@ -400,7 +405,7 @@ def test_the_device_is_told_whether_others_are_on_their_way(pipeline: Callable[.
         first, second = await started(served), await started(served)
         gate.set()
         await asyncio.gather(first, second)
-        await served.segment(GREY, Options())
+        await segment(served, GREY, Options())
         assert [job.alone for job in jobs] == [True, False, True]
 
     run(main)
@@ -413,7 +418,7 @@ def test_a_departed_clients_picture_is_not_run(pipeline: Callable[..., Pipeline]
         while served.engine.runs == 0:  # type: ignore[attr-defined]
             await asyncio.sleep(0.005)
         departed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting = asyncio.create_task(served.segment(GREY, Options(), departed=departed))
+        waiting = asyncio.create_task(segment(served, GREY, Options(), departed=departed))
         while served.admitted.requests < 2:
             await asyncio.sleep(0.005)
         departed.set_result(None)
@@ -422,7 +427,7 @@ def test_a_departed_clients_picture_is_not_run(pipeline: Callable[..., Pipeline]
         assert served.admitted.requests == 1
         gate.set()
         await first
-        await served.segment(GREY, Options())
+        await segment(served, GREY, Options())
         assert served.engine.runs == 2  # type: ignore[attr-defined]
 
     run(main)
@@ -434,7 +439,7 @@ def test_a_bad_picture_is_told_before_it_is_queued(pipeline: Callable[..., Pipel
         first = await started(served)
         cut = encoded(GREY)[:-30]
         with pytest.raises(InputError):
-            await served.segment(cut, Options())
+            await segment(served, cut, Options())
         assert served.admitted.requests == 1
         gate.set()
         await first
