@@ -66,7 +66,7 @@ class Connection(H11Protocol):
     def unsent(self) -> int:
         """Bytes of answers that the client has not confirmed; with those that the system holds, where it tells them."""
         held = bytes(4)
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # the latter of a socket that is closed
             held = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, held)
         return self.transport.get_write_buffer_size() + int.from_bytes(held, sys.byteorder)
 
