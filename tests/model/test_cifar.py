@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pickle
+import signal
 from pathlib import Path
 
 import numpy
@@ -258,6 +259,25 @@ def test_resume_in_mid_epoch_is_exact(data, tmp_path, monkeypatch):
     assert all(
         torch.equal(moments[0][key]["momentum_buffer"], moments[1][key]["momentum_buffer"]) for key in moments[0]
     )
+
+
+def test_a_run_that_is_told_to_stop_saves_after_its_step(data, tmp_path, monkeypatch, capsys, terminal_signals):
+    step = train_cifar.CifarRun.train_step
+
+    def interrupted(run, indices):
+        if run.step == 7:
+            signal.raise_signal(signal.SIGINT)
+        return step(run, indices)
+
+    given = ["--data", str(data), "--device", "cpu", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cifar.CifarRun, "train_step", interrupted)
+        assert train_cifar.main([*given, *TINY]) == 130
+    assert "stopped at step 8 of 15; --resume goes on" in capsys.readouterr().out
+    assert load_cifar(tmp_path / "run" / "last.pt").step == 8
+    assert not (tmp_path / "run" / "final.pt").exists()
+    assert train_cifar.main([*given, "--resume"]) == 0
+    assert (tmp_path / "run" / "final.pt").exists()
 
 
 def test_a_run_that_diverges_leaves_the_last_good_checkpoint(data, tmp_path, monkeypatch, capsys):

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model import train
 from model.checkpoint import load_checkpoint
 from model.command import finish
+from model.files import replacing
 from model.stopping import stop_signals
 from tests.model.folders import write_scenes
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("terminal_signals")
 
 TINY = [
     "backbone=resnet18", "channels=16", "codewords=4", "batch=2", "crop=32", "base_size=48", "epochs=3",
-    "learning_rate=0.01", "save_every=100", "evaluate_every=3", "log_every=100", "reference_positions=16", "ema=0.9",
+    "learning_rate=0.01", "save_every=100", "evaluate_every=3", "reference_positions=16", "ema=0.9",
 ]  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def test_a_run_that_is_told_to_stop_saves_after_its_step_and_goes_on_exactly(
             signal.raise_signal(number)
         return step(run, images, masks)
 
-    options = ["--data", str(scenes), "--out"]
+    options = ["--data", str(scenes), "log_every=1", "--out"]
     with monkeypatch.context() as patch:
         patch.setattr(train.Run, "train_step", interrupted)
         assert train.main([*options, str(tmp_path / "stopped"), *TINY]) == status
@@ -53,6 +55,8 @@ def test_a_run_that_is_told_to_stop_saves_after_its_step_and_goes_on_exactly(
     assert train.main([*options, str(tmp_path / "whole"), *TINY]) == 0
     stopped, whole = (load_checkpoint(tmp_path / name / "final.pt").weights for name in ("stopped", "whole"))
     assert all(torch.equal(stopped[key], whole[key]) for key in whole)
+    events = EventAccumulator(str(tmp_path / "stopped" / "events")).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 10)), "each row once"
 
 
 def test_a_second_signal_has_its_usual_effect() -> None:
@@ -94,6 +98,12 @@ def test_a_checkpoint_that_cannot_be_written_to_its_end_is_a_sentence_and_keeps_
     assert str(tmp_path / "run" / "last.pt") in said
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob(".*")), "nothing half-written is left"
+
+
+def test_an_error_about_another_file_names_that_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent"), replacing(tmp_path / "written"):
+        (tmp_path / "absent").read_bytes()
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_little_memory_is_a_sentence_that_says_what_needs_less(capsys: pytest.CaptureFixture[str]) -> None:
