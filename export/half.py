@@ -2,8 +2,7 @@
 
 Of the scene encoding only the features come in float16, as the convolution made them; in float32 they would be no more
 exact, and copied once a view. The op's kernel for CPUs and its function widen each number as they read it, and give the
-same bits either way. Its CUDA kernel rounds codewords and weights to float16, too, and adds up in float32: worked out
-on a CPU, that moves the embedded model's presence on ten pictures of CamVid by 2e-5.
+same bits either way. Its CUDA kernel rounds codewords and weights to float16, too, and adds up in float32.
 
 The converters that come with ONNX Runtime store every initialiser as float16, also those that stay float32 in use, and
 write one name twice where two inputs share an initialiser (ONNX Runtime 1.31); here a value's type follows from the
