@@ -25,10 +25,11 @@ serve: .venv-serve/ready ## set up and serve the embedded model on http://127.0.
 	@$(SERVE_PYTHON) model/kernels/build.py --quiet
 	@exec $(SERVE_PYTHON) -m service serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
-# One thread a process: two processes of two threads each would wait for each other's at every step of a network.
+# One thread a process: two processes of two threads each would wait for each other's at every step of a network. Files in
+# their own order: by number of tests, the long one of one test (test_soak.py) would come last and alone.
 test: setup lint ## set up and run lint, types and the whole test suite
 	@$(TEST_PYTHON) model/kernels/build.py --quiet
-	OMP_NUM_THREADS=1 $(TEST_PYTHON) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(TEST_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 kernels: ## compile the Encoding kernels into build/ with g++ or CXX=, and for a visible GPU with nvcc (CUDA=1: for all)
 	@$(PYTHON) model/kernels/build.py $(if $(CUDA),--cuda)

@@ -6,14 +6,14 @@ import pytest
 
 from benchmarks.malformed import good_picture_is_answered, stock_for
 from benchmarks.server import serving
-from benchmarks.soak import growth, mixed, run
+from benchmarks.soak import GROWTH, growth, mixed, run
 
-SECONDS = 20
-GROWTH, BYTES = 0.25, 64 * 2**20  # generous: in seconds not every size and option has come up
+SECONDS = 120
+BYTES = 32 * 2**20  # beside the share of the benchmark: a tiny model leaves so little that one answer counts
 
 
 @pytest.mark.slow
-def test_twenty_seconds_of_everything_leave_no_trace(model_file: Path) -> None:
+def test_two_minutes_of_everything_leave_no_trace(model_file: Path) -> None:
     environment = {"ENCNET_DEVICE": "cpu", "ENCNET_THREADS": "1", "ENCNET_TIMEOUT_MS": "240000"}
     with serving(None, "--model", str(model_file), **environment) as server:
         stock = stock_for(server.url, max_side=500)
