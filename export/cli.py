@@ -23,8 +23,8 @@ from export.core import core_model
 from export.errors import ExportError, ParityError
 from export.metadata import describe, properties
 from export.whole import whole_model
-from model.arguments import scales
-from model.checkpoint import FORMAT, MOST_BASE_SIZE, Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.arguments import pixels, scales
+from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.data import DataError, read_classes
 from model.files import replacing
 from model.wording import first_line, is_text
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     carried = root.add_argument_group("what the file says about itself (default: what the checkpoint says)")
     carried.add_argument("--name", help="the model's name")
     carried.add_argument("--classes", type=Path, metavar="classes.json", help="class names and colours from this file")
-    carried.add_argument("--base-size", type=_pixels, metavar="N", help="long side of a picture at scale 1, in pixels")
+    carried.add_argument("--base-size", type=pixels, metavar="N", help="long side of a picture at scale 1, in pixels")
     carried.add_argument(
         "--scales",
         type=scales,
@@ -111,12 +111,6 @@ def parser() -> argparse.ArgumentParser:
         "configuration by its full path; without, the same is computed by the body in the file",
     )
     return root
-
-
-def _pixels(text: str) -> int:
-    if not text.isdecimal() or not 8 <= int(text) <= MOST_BASE_SIZE:
-        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, 8 to {MOST_BASE_SIZE}, got {text!r}")
-    return int(text)
 
 
 def _positions(text: str) -> float:
