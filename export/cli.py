@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +26,7 @@ from export.metadata import describe, properties
 from export.whole import whole_model
 from model.arguments import pixels, scales
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.command import finish
 from model.data import DataError, read_classes
 from model.files import replacing
 from model.wording import first_line, is_text
@@ -320,24 +322,20 @@ def table(comparisons: Sequence[parity.Comparison]) -> Table:
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 when the graphs disagree, 2 for input that cannot be exported, 130 when told to stop.
-
-    Each but the first comes after a sentence on standard error.
-    """
-    arguments = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the path of a file may be no text in UTF-8
+def work(arguments: argparse.Namespace) -> int:
+    """Export; 1, after a sentence on standard error, where the graphs disagree, else 0. Raises as `run` does."""
     try:
         run(arguments, Console(), Console(stderr=True))
     except ParityError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ExportError, CheckpointError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: stopped before it was done", file=sys.stderr)
-        return 130
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status; see `finish` and `work`."""
+    arguments = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the path of a file may be no text in UTF-8
+    return finish(partial(work, arguments), ExportError, CheckpointError, DataError)
