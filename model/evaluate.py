@@ -19,20 +19,11 @@ from model.arguments import DeviceError, add_device, at_least_one, choose_device
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, library_versions, load_checkpoint
 from model.command import finish
 from model.data import SPLITS, DataError, SegmentationData, leave_out, open_dataset
-from model.evaluation import (
-    PRESENCE_THRESHOLD,
-    Evaluation,
-    EvaluationError,
-    Options,
-    check_classes,
-    class_rows,
-    evaluate,
-    totals,
-)
+from model.evaluation import Evaluation, EvaluationError, Options, check_classes, class_rows, evaluate, totals
 from model.figures import contact_sheet
 from model.files import check_writable, replacing
 from model.layouts import LAYOUTS
-from model.metrics import BINS
+from model.metrics import BINS, PRESENCE_THRESHOLD
 from model.windows import MERGES
 from model.wording import listing
 
