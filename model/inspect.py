@@ -60,7 +60,7 @@ class Scene:
 
 
 def read_picture(path: Path) -> numpy.ndarray:
-    """uint8 (H, W, 3) RGB, upright. Raises DataError as `read_image`, and InspectError for pixels that are no colours."""
+    """uint8 (H, W, 3) RGB, upright. Raises DataError as `read_image`, InspectError for a kind of pixel not read."""
     picture = upright(read_image(path, "picture"))
     try:
         return numpy.array(to_rgb(picture))
