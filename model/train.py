@@ -149,6 +149,12 @@ class Run:
         if recipe.precision == "fp16" and not cuda:
             raise RecipeError("precision=fp16 needs a CUDA device; use bf16 or fp32 here")
         if cuda:
+            here, gpus = self.device.index + 1, torch.cuda.device_count()
+            if here > gpus:
+                raise RecipeError(
+                    f"process {here} of this machine finds no GPU of its own, there are {gpus}; "
+                    f"start {gpus} by --nproc-per-node"
+                )
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
         if self.processes > 1 and not dist.is_initialized():
