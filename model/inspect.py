@@ -84,7 +84,8 @@ def look(model: EncNet, checkpoint: Checkpoint, image: numpy.ndarray) -> Scene:
     features = model.head.join(stages)
     projected = context.project(features)
     weights = assignments(projected, context.encoding.codewords, context.encoding.scale)
-    gates = torch.sigmoid(context.gate(context.encode_scene(features)))
+    _, scene = context(features)
+    gates = torch.sigmoid(context.gate(scene))
     return Scene(
         mask=answer.probabilities[0].argmax(0).numpy(),
         presence=answer.presence[0].numpy(),
