@@ -114,6 +114,16 @@ def session(model: bytes, library: Path | None = None) -> onnxruntime.InferenceS
         raise ExportError(f"ONNX Runtime cannot load the graph: {first_line(error)}") from error
 
 
+def answers(
+    runtime: onnxruntime.InferenceSession, names: Sequence[str], feeds: dict[str, numpy.ndarray]
+) -> list[numpy.ndarray]:
+    """The outputs of these names. Raises ExportError where ONNX Runtime cannot run the graph on these inputs."""
+    try:
+        return list(runtime.run(names, feeds))
+    except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
+        raise ExportError(f"ONNX Runtime cannot run the graph: {first_line(error)}") from error
+
+
 def compare_core(
     model: bytes,
     network: EncNet,
@@ -121,14 +131,14 @@ def compare_core(
     tolerance: Tolerance,
     cases: Sequence[Case] = CORE_CASES,
 ) -> list[Comparison]:
-    """The network graph, case by case."""
+    """The network graph, case by case. Raises ExportError as `session` and `answers` do."""
     runtime = session(model)
     comparisons = []
     for case in cases:
         image = normalise(picture(case), checkpoint.mean, checkpoint.std)
         with torch.inference_mode():
             expected = network(image)
-        logits, presence_logits = runtime.run(["logits", "presence_logits"], {"image": image.numpy()})
+        logits, presence_logits = answers(runtime, ["logits", "presence_logits"], {"image": image.numpy()})
         expected_logits, expected_presence = expected.logits.numpy(), expected.presence_logits.numpy()
         comparison = Comparison(
             "network",
@@ -155,7 +165,7 @@ def compare_whole(
     tolerance: Tolerance,
     cases: Sequence[Case] = WHOLE_CASES,
 ) -> list[Comparison]:
-    """The whole graph against `model.predict.predict`, case by case."""
+    """The whole graph against `model.predict.predict`, case by case. Raises ExportError as `compare_core` does."""
     runtime = session(model)
     comparisons = []
     for case in cases:
@@ -175,7 +185,7 @@ def compare_whole(
             "scales": numpy.array(case.scales, numpy.float32),
             "flip": numpy.array(case.flip),
         }
-        mask, presence, probabilities = runtime.run(["mask", "presence", "probabilities"], feeds)
+        mask, presence, probabilities = answers(runtime, ["mask", "presence", "probabilities"], feeds)
         comparison = Comparison(
             "whole",
             case,

@@ -295,6 +295,18 @@ def test_disagreement_fails_and_leaves_the_old_file(
 
 
 @pytest.mark.usefixtures("translated")
+def test_a_graph_that_does_not_run_is_told(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    def run(*given: object) -> None:
+        raise onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException("bad allocation")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", run)
+    assert "ONNX Runtime cannot run the graph: bad allocation" in refused(capsys, tmp_path, checkpoint)
+
+
+@pytest.mark.usefixtures("translated")
 def test_a_broken_graph_is_noticed(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Corners aligned where the network does not: only the comparison can tell."""
     built = cli.whole_model
