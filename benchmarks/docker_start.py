@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.command import ROOT, commit, option_parser
+from benchmarks.command import ROOT, commit, option_parser, write_json
 
 IMAGE = "encnet-serve:cpu"
 LIMIT = 10.0  # seconds
@@ -104,7 +104,7 @@ def main() -> int:
     }
     print(json.dumps(facts, indent=2))
     if options.json:
-        options.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, facts)
     return int(max(seconds) > LIMIT)
 
 

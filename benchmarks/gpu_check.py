@@ -256,7 +256,7 @@ def code_digest() -> str:
 def describe_machine(gpu: str) -> dict[str, Any]:
     import torch
 
-    def first_line(*command: str) -> str:
+    def last_line(*command: str) -> str:
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
@@ -269,8 +269,8 @@ def describe_machine(gpu: str) -> dict[str, Any]:
         "commit": commit(),
         "code": code_digest(),
         "gpu": gpu,
-        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "nvcc": first_line(os.environ.get("NVCC", "nvcc"), "--version"),
+        "driver": last_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "nvcc": last_line(os.environ.get("NVCC", "nvcc"), "--version"),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

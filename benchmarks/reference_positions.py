@@ -11,6 +11,7 @@ the factor was 1 in training, a run with the plain sum would have had the same w
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks.command import add_checkpoint, add_output, commit, option_parser, write_json
 from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.command import finish
 from model.data import SPLITS, DataError, open_dataset
 from model.evaluation import EvaluationError, Options, evaluate, totals
 from model.files import replacing
@@ -61,6 +63,29 @@ def plot(document: dict[str, Any]) -> Figure:
     return figure
 
 
+def study(options: argparse.Namespace) -> None:
+    """Evaluate, write the figures and the plot. Raises EvaluationError, DeviceError, CheckpointError and DataError."""
+    checkpoint = load_checkpoint(options.checkpoint)
+    if not checkpoint.config.reference_positions:
+        raise EvaluationError(f"{options.checkpoint}: no reference_positions to compare; train with (crop / 8)^2")
+    plain_sum = dataclasses.replace(checkpoint.config, reference_positions=0.0)
+    document: dict[str, Any] = {
+        "command": "python -m benchmarks.reference_positions",
+        "commit": commit(),
+        "data": options.data.resolve().name,
+        "split": options.split,
+        "sha256": checkpoint.sha256,
+        "base_size": checkpoint.base_size,
+        "reference_positions": checkpoint.config.reference_positions,
+        "with": rows_of(checkpoint, "with the factor", options),
+        "without": rows_of(dataclasses.replace(checkpoint, config=plain_sum), "without", options),
+    }
+    write_json(options.output, document)
+    with replacing(options.output.with_suffix(".png")) as file:
+        plot(document).savefig(file, format="png", dpi=110)
+    print(f"written: {options.output}, {options.output.with_suffix('.png')}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = option_parser("reference_positions", __doc__)
     add_checkpoint(parser)
@@ -81,31 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_device(parser)
     add_output(parser, "reference-positions.json")
-    options = parser.parse_args(arguments)
-    try:
-        checkpoint = load_checkpoint(options.checkpoint)
-        if not checkpoint.config.reference_positions:
-            raise EvaluationError(f"{options.checkpoint}: no reference_positions to compare; train with (crop / 8)^2")
-        plain_sum = dataclasses.replace(checkpoint.config, reference_positions=0.0)
-        document: dict[str, Any] = {
-            "command": "python -m benchmarks.reference_positions",
-            "commit": commit(),
-            "data": options.data.resolve().name,
-            "split": options.split,
-            "sha256": checkpoint.sha256,
-            "base_size": checkpoint.base_size,
-            "reference_positions": checkpoint.config.reference_positions,
-            "with": rows_of(checkpoint, "with the factor", options),
-            "without": rows_of(dataclasses.replace(checkpoint, config=plain_sum), "without", options),
-        }
-        write_json(options.output, document)
-        with replacing(options.output.with_suffix(".png")) as file:
-            plot(document).savefig(file, format="png", dpi=110)
-    except (EvaluationError, DeviceError, CheckpointError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"written: {options.output}, {options.output.with_suffix('.png')}")
-    return 0
+    work = partial(study, parser.parse_args(arguments))
+    return finish(work, EvaluationError, DeviceError, CheckpointError, DataError)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ in ONNX Runtime's profile, and the bytes of the merging, at the shares of an H20
 
 import json
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ import onnxruntime as ort
 from rich.progress import track
 
 from benchmarks.command import RESULTS, facts, option_parser, processor, write_json
+from benchmarks.memory import forget_peak, kilobytes
 from benchmarks.pictures import photo
 from service.cost import work_of
 from service.engine import Engine, ModelError
@@ -95,13 +95,13 @@ def measure(engine: Engine, load: Load, seconds: float) -> Times:
     data = photo(*load.size)
     clock = time.process_time if engine.device == "cpu" else time.perf_counter
     segment_file(engine, data, load, clock)
-    _forget_peak()
+    forget_peak()
     parts: list[tuple[float, float, float]] = []
     end = clock() + seconds
     while len(parts) < 2 or clock() < end:
         parts.append(segment_file(engine, data, load, clock))
     decoding, running, encoding = (1000 * statistics.median(part) for part in zip(*parts, strict=True))
-    return Times(decoding, running, encoding, _peak_mb())
+    return Times(decoding, running, encoding, kilobytes("VmHWM") * 1024 / 1e6)
 
 
 def segment_file(engine: Engine, data: bytes, load: Load, clock: Callable[[], float]) -> tuple[float, float, float]:
@@ -120,17 +120,6 @@ def measure_alone(device: Literal["cpu", "cuda"], load: Load, seconds: float) ->
     """As `measure`, of the embedded model on one core, in a process that does nothing else."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     return measure(Engine(EMBEDDED_MODEL, device, threads=1), load, seconds)
-
-
-def _forget_peak() -> None:
-    """Let the peak of resident memory begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mb() -> float:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024 / 1e6
 
 
 def flops_by_pixel(engine: Engine) -> float:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,8 +24,9 @@ from export.core import core_model
 from export.errors import ExportError, ParityError
 from export.metadata import describe, properties
 from export.whole import whole_model
-from model.arguments import scales
-from model.checkpoint import FORMAT, MOST_BASE_SIZE, Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.arguments import pixels, scales
+from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint
+from model.command import finish
 from model.data import DataError, read_classes
 from model.files import replacing
 from model.wording import first_line, is_text
@@ -74,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     carried = root.add_argument_group("what the file says about itself (default: what the checkpoint says)")
     carried.add_argument("--name", help="the model's name")
     carried.add_argument("--classes", type=Path, metavar="classes.json", help="class names and colours from this file")
-    carried.add_argument("--base-size", type=_pixels, metavar="N", help="long side of a picture at scale 1, in pixels")
+    carried.add_argument("--base-size", type=pixels, metavar="N", help="long side of a picture at scale 1, in pixels")
     carried.add_argument(
         "--scales",
         type=scales,
@@ -111,12 +113,6 @@ def parser() -> argparse.ArgumentParser:
         "configuration by its full path; without, the same is computed by the body in the file",
     )
     return root
-
-
-def _pixels(text: str) -> int:
-    if not text.isdecimal() or not 8 <= int(text) <= MOST_BASE_SIZE:
-        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, 8 to {MOST_BASE_SIZE}, got {text!r}")
-    return int(text)
 
 
 def _positions(text: str) -> float:
@@ -326,24 +322,20 @@ def table(comparisons: Sequence[parity.Comparison]) -> Table:
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 when the graphs disagree, 2 for input that cannot be exported, 130 when told to stop.
-
-    Each but the first comes after a sentence on standard error.
-    """
-    arguments = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the path of a file may be no text in UTF-8
+def work(arguments: argparse.Namespace) -> int:
+    """Export; 1, after a sentence on standard error, where the graphs disagree, else 0. Raises as `run` does."""
     try:
         run(arguments, Console(), Console(stderr=True))
     except ParityError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ExportError, CheckpointError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: stopped before it was done", file=sys.stderr)
-        return 130
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status; see `finish` and `work`."""
+    arguments = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the path of a file may be no text in UTF-8
+    return finish(partial(work, arguments), ExportError, CheckpointError, DataError)

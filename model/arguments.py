@@ -6,9 +6,11 @@ import re
 
 import torch
 
+from model.checkpoint import MOST_BASE_SIZE
 from model.wording import first_line
 
 LEAST_SCALE, MOST_SCALE = 0.1, 8.0
+LEAST_SIDE = 8  # pixels, of views and windows
 
 
 class DeviceError(ValueError):
@@ -26,6 +28,15 @@ def scales(text: str) -> tuple[float, ...]:
             f"expected scales from {LEAST_SCALE:g} to {MOST_SCALE:g}, separated by commas, got {text!r}"
         )
     return numbers
+
+
+def pixels(text: str) -> int:
+    """The long side of a view or the side of a window; raises argparse.ArgumentTypeError for none that can be."""
+    if not text.isdecimal() or not LEAST_SIDE <= int(text) <= MOST_BASE_SIZE:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of pixels, {LEAST_SIDE} to {MOST_BASE_SIZE}, got {text!r}"
+        )
+    return int(text)
 
 
 def minutes(text: str) -> float:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ from model.weights import CheckpointError, check_state, read_pickle
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 REDUCTION = 4
 FORMAT = "encnet-serve-cifar/1"
+FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "variant": str,
+    "weights": dict,
+    "step": int,
+    "training": (dict, NoneType),
+}
 
 
 class DropEncoding(nn.Module):
@@ -124,13 +131,14 @@ def load_cifar(path: Path) -> CifarCheckpoint:
     document = read_pickle(path)
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of a CIFAR-10 classifier (format {FORMAT!r})")
+    wrong = [key for key, kind in FIELD_TYPES.items() if not isinstance(document.get(key), kind)]
+    if wrong:
+        raise CheckpointError(f"{path}: fields that are missing or of a wrong type: {', '.join(wrong)}")
+    checkpoint = CifarCheckpoint(**{key: document[key] for key in FIELD_TYPES})
     try:
-        checkpoint = CifarCheckpoint(*(document[key] for key in ("variant", "weights", "step", "training")))
         with torch.device("meta"):
-            expected = CifarEncNet(str(checkpoint.variant)).state_dict()
+            expected = CifarEncNet(checkpoint.variant).state_dict()
         check_state(expected, checkpoint.weights)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: lacks the field {error}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return checkpoint

@@ -11,7 +11,7 @@ MISTAKE, INTERRUPTED = 2, 130
 
 
 def finish(work: Callable[[], int | None], *mistakes: type[Exception]) -> int:
-    """The exit status of a command whose work this is: what the work says, or after a sentence on standard error
+    """The exit status of a command whose work this is: what the work says, or after a sentence on standard error:
 
     2 for these mistakes, for a file that cannot be read or written, and for memory that does not suffice;
     130 where it was told to stop (Ctrl-C).
@@ -20,15 +20,15 @@ def finish(work: Callable[[], int | None], *mistakes: type[Exception]) -> int:
     try:
         return work() or 0
     except expected as error:
-        sentence, status = f"error: {error}", MISTAKE
+        sentence, status = str(error), MISTAKE
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         advice = "a smaller batch, smaller crops or pictures, or half precision need less"
-        sentence, status = f"error: memory does not suffice ({first_line(error)}): {advice}", MISTAKE
+        sentence, status = f"memory does not suffice ({first_line(error)}): {advice}", MISTAKE
     except KeyboardInterrupt:
         sentence, status = "stopped before it was done", INTERRUPTED
-    print(sentence, file=sys.stderr)
+    print(f"error: {sentence}", file=sys.stderr)
     return status
 
 

@@ -11,10 +11,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy
-from PIL import ImageOps
 
 from model.layouts import layout_of
-from model.layouts.split import DataError, LabelRule, read_classes, read_image, to_rgb
+from model.layouts.split import DataError, LabelRule, read_classes, read_image, to_rgb, upright
 from model.losses import IGNORE
 
 __all__ = [
@@ -66,8 +65,8 @@ class SegmentationData:
         height, width = raw.shape
         try:
             turned = (height, width) == stored.size != (width, height)
-            image = to_rgb(ImageOps.exif_transpose(stored) if turned else stored)
-        except (OSError, SyntaxError, ValueError) as error:
+            image = to_rgb(upright(stored) if turned else stored)
+        except ValueError as error:
             raise DataError(f"{image_path}: not a readable picture: {error}") from error
         if (width, height) != image.size:
             raise DataError(

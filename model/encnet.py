@@ -45,14 +45,10 @@ class SceneEncoding(nn.Module):
         self.encoding = Encoding(channels, codewords, reference_positions)
         self.code_norm = nn.BatchNorm1d(codewords)
 
-    def encode_scene(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) -> (B, channels), whatever a subclass makes of it in `forward`."""
+    def forward(self, x: Tensor) -> Tensor:
         codes = self.encoding(self.project(x))
         with torch.autocast(x.device.type, enabled=False):
             return F.relu(self.code_norm(codes)).mean(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.encode_scene(x)
 
 
 class ContextEncoding(SceneEncoding):
@@ -64,7 +60,7 @@ class ContextEncoding(SceneEncoding):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Returns the gated features relu(x + gamma x), (B, channels, H, W), and the scene's encoding (B, channels)."""
-        scene = self.encode_scene(x)
+        scene = super().forward(x)
         return raise_channels(x, torch.sigmoid(self.gate(scene))), scene
 
 

@@ -15,36 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from model.arguments import DeviceError, add_device, at_least_one, choose_device, scales
-from model.checkpoint import (
-    FORMAT,
-    MOST_BASE_SIZE,
-    Checkpoint,
-    CheckpointError,
-    build_model,
-    library_versions,
-    load_checkpoint,
-)
+from model.arguments import DeviceError, add_device, at_least_one, choose_device, pixels, scales
+from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, library_versions, load_checkpoint
 from model.command import finish
 from model.data import SPLITS, DataError, SegmentationData, leave_out, open_dataset
-from model.evaluation import (
-    PRESENCE_THRESHOLD,
-    Evaluation,
-    EvaluationError,
-    Options,
-    check_classes,
-    class_rows,
-    evaluate,
-    totals,
-)
+from model.evaluation import Evaluation, EvaluationError, Options, check_classes, class_rows, evaluate, totals
 from model.figures import contact_sheet
 from model.files import check_writable, replacing
 from model.layouts import LAYOUTS
-from model.metrics import BINS
+from model.metrics import BINS, PRESENCE_THRESHOLD
 from model.windows import MERGES
 from model.wording import listing
-
-LEAST_SIDE = 8  # pixels, of views and windows
 
 EPILOG = """examples:
   one view of every test picture
@@ -171,10 +152,10 @@ def parser() -> argparse.ArgumentParser:
         help="how views and windows become one answer: the mean of their probabilities, or, with --protocol windows, "
         "the authors' sum of exp(logits + mirrored logits) (default: %(default)s)",
     )
-    root.add_argument("--crop", type=_pixels, metavar="N", help=f"side of a window in pixels (default: {Options.crop})")
+    root.add_argument("--crop", type=pixels, metavar="N", help=f"side of a window in pixels (default: {Options.crop})")
     root.add_argument(
         "--base-size",
-        type=_pixels,
+        type=pixels,
         metavar="N",
         help="long side of a picture at scale 1, in pixels (default: the checkpoint's)",
     )
@@ -207,14 +188,6 @@ def parser() -> argparse.ArgumentParser:
 
 def _identifiers(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _pixels(text: str) -> int:
-    if not text.isdecimal() or not LEAST_SIDE <= int(text) <= MOST_BASE_SIZE:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number of pixels, {LEAST_SIDE} to {MOST_BASE_SIZE}, got {text!r}"
-        )
-    return int(text)
 
 
 def print_differing_names(checkpoint: Checkpoint, names: Sequence[str], notes: Console) -> None:

@@ -29,7 +29,6 @@ from model.metrics import (
 from model.predict import predict
 from model.windows import predict_windows
 
-PRESENCE_THRESHOLD = 0.5
 SHEET_PICTURES = 8
 WAITING_BATCHES = 4  # most batches of pictures that wait for others of their size
 
@@ -195,7 +194,7 @@ def _presence_figures(evaluation: Evaluation) -> tuple[numpy.ndarray, numpy.ndar
     columns = list(zip(evaluation.scores.T, evaluation.present.T, strict=True))
     return (
         numpy.array([average_precision(scores, present) for scores, present in columns]),
-        numpy.array([f1(scores, present, PRESENCE_THRESHOLD) for scores, present in columns]),
+        numpy.array([f1(scores, present) for scores, present in columns]),
         numpy.array([expected_calibration_error(scores, present) for scores, present in columns]),
     )
 

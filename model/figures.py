@@ -7,13 +7,13 @@ import numpy
 from PIL import Image, ImageDraw, ImageFont
 
 from model.losses import IGNORE
+from model.metrics import PRESENCE_THRESHOLD
 
 VOID = (224, 224, 192)
 INK, FAINT, TRACK, BAR = "#1f2328", "#6e7781", "#eaeef2", "#0969da"
 WRONG, PAPER = "#c1121f", "#ffffff"
 MARGIN, GAP, CELL, BARS = 28, 14, 320, 330
 BAR_ROW, MOST_BARS = 20, 12
-THRESHOLD = 0.5
 
 
 class Sample(NamedTuple):
@@ -107,7 +107,7 @@ def _draw_sample(
     for line, index in enumerate(_shown_classes(sample)):
         score, present = float(sample.presence[index]), bool(sample.present[index])
         y = top + line * BAR_ROW
-        ink = INK if (score >= THRESHOLD) == present else WRONG
+        ink = INK if (score >= PRESENCE_THRESHOLD) == present else WRONG
         dot = (left + 1, y + 5, left + 9, y + 13)
         draw.ellipse(dot, ink if present else PAPER, ink if present else FAINT)
         name = _shorten(classes[index], _font(13), names_right - left - 16)
@@ -115,7 +115,7 @@ def _draw_sample(
         draw.rectangle((bar_left, y + 3, bar_right, y + 15), TRACK)
         end = bar_left + round((bar_right - bar_left) * min(max(score, 0.0), 1.0))
         draw.rectangle((bar_left, y + 3, end, y + 15), tuple(palette[index]), FAINT)
-        middle = bar_left + round((bar_right - bar_left) * THRESHOLD)
+        middle = bar_left + round((bar_right - bar_left) * PRESENCE_THRESHOLD)
         draw.line((middle, y + 1, middle, y + 17), INK)
         draw.text((bar_right + 8, y + 1), f"{score:.2f}", ink, _font(13))
 

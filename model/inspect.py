@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy
 import torch
 from matplotlib.figure import Figure, SubFigure
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from model.checkpoint import Checkpoint, CheckpointError, build_model, load_checkpoint
@@ -18,7 +17,7 @@ from model.encnet import EncHead, EncNet, raise_channels
 from model.encoding import assignments
 from model.figures import BAR, FAINT, INK, TRACK, colourise
 from model.files import replacing
-from model.layouts.split import to_rgb
+from model.layouts.split import DataError, read_image, to_rgb, upright
 from model.predict import normalise, predict, view_of
 from model.resnet import Stages
 
@@ -61,13 +60,11 @@ class Scene:
 
 
 def read_picture(path: Path) -> numpy.ndarray:
-    """uint8 (H, W, 3) RGB, upright. Raises InspectError for a file that is missing or no picture."""
-    if not path.is_file():
-        raise InspectError(f"{path}: no such picture")
+    """uint8 (H, W, 3) RGB, upright. Raises DataError as `read_image`, InspectError for a kind of pixel not read."""
+    picture = upright(read_image(path, "picture"))
     try:
-        with Image.open(path) as image:
-            return numpy.array(to_rgb(ImageOps.exif_transpose(image)))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return numpy.array(to_rgb(picture))
+    except ValueError as error:
         raise InspectError(f"{path}: not a readable picture: {error}") from error
 
 
@@ -87,7 +84,8 @@ def look(model: EncNet, checkpoint: Checkpoint, image: numpy.ndarray) -> Scene:
     features = model.head.join(stages)
     projected = context.project(features)
     weights = assignments(projected, context.encoding.codewords, context.encoding.scale)
-    gates = torch.sigmoid(context.gate(context.encode_scene(features)))
+    _, scene = context(features)
+    gates = torch.sigmoid(context.gate(scene))
     return Scene(
         mask=answer.probabilities[0].argmax(0).numpy(),
         presence=answer.presence[0].numpy(),
@@ -280,7 +278,7 @@ def run(arguments: argparse.Namespace) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status; see `finish`."""
     arguments = parser().parse_args(argv)
-    return finish(lambda: print(f"written: {run(arguments)}"), InspectError, CheckpointError)
+    return finish(lambda: print(f"written: {run(arguments)}"), InspectError, CheckpointError, DataError)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from torch import Tensor
 from model.losses import IGNORE
 
 BINS = 15
+PRESENCE_THRESHOLD = 0.5  # a class counts as present from this score on
 
 
 def confusion(mask: Tensor, truth: Tensor, num_classes: int) -> numpy.ndarray:
@@ -59,7 +60,7 @@ def average_precision(scores: numpy.ndarray, present: numpy.ndarray) -> float:
     return float((hits / retrieved * gains).sum())
 
 
-def f1(scores: numpy.ndarray, present: numpy.ndarray, threshold: float = 0.5) -> float:
+def f1(scores: numpy.ndarray, present: numpy.ndarray, threshold: float = PRESENCE_THRESHOLD) -> float:
     """Harmonic mean of precision and recall of `scores >= threshold`; NaN for a class neither present nor predicted."""
     predicted = scores >= threshold
     either = predicted.sum() + present.sum()

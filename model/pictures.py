@@ -166,7 +166,7 @@ class TrainingCrops(Dataset):
     ) -> None:
         self.data, self.options, self.seed, self.workers = data, options, seed, workers
         self.device = torch.device(device)
-        self.fill = torch.tensor(fill, dtype=torch.uint8, device=self.device)
+        self.fill = torch.tensor(fill, dtype=torch.uint8)  # on the host, as workers are given all that is here
         self.cache = choose_cache(data, self.device) if cache == "auto" else cache
         self.packed: Tensor | None = None
         if self.cache != "off":
@@ -197,13 +197,14 @@ class TrainingCrops(Dataset):
 
         On a GPU nothing here waits for it: while it works, the host prepares the next batch.
         """
+        fill = send(self.fill, self.device)
         for material in self._material(keys):
             packed, places = send(material.packed, self.device), send(material.places, self.device)
             draws = Draws(*(send(part, self.device) for part in material.draws))
             # On a CPU crop by crop, which then fit its cache: half as long again otherwise.
             share = 1 if self.device.type == "cpu" else len(places)
             parts = zip(places.split(share), *(part.split(share) for part in draws), strict=True)
-            cut = [crops(packed, place, Draws(*rest), self.options.crop, self.fill) for place, *rest in parts]
+            cut = [crops(packed, place, Draws(*rest), self.options.crop, fill) for place, *rest in parts]
             images, masks = zip(*cut, strict=True)
             yield torch.cat(images), torch.cat(masks)
 

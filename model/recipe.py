@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import math
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from model.augment import Augmentation
 from model.checkpoint import MOST_BASE_SIZE
 from model.config import ModelConfig
 from model.fine_tuning import PARTS, part_names
+from model.weights import CheckpointError
 
 LEAST_CROP, MOST_CROP = 32, 16384  # pixels
 MOST_GAMMA = 4  # beyond it pictures are black and white
@@ -191,10 +193,26 @@ def read_recipe(path: Path | None, words: list[str], kind: type = Recipe) -> dic
     return {key: _checked(key, value, kind) for key, value in values.items()}
 
 
-def continued(kind: type, stored: dict[str, Any], given: dict[str, Any], bookkeeping: set[str]) -> Any:
-    """The recipe of that kind a run was started with. Options given again must agree, but for those of bookkeeping."""
+def continued(
+    kind: type,
+    last: Path,
+    training: dict[str, Any] | None,
+    state: Iterable[str],
+    given: dict[str, Any],
+    bookkeeping: set[str],
+) -> Any:
+    """The recipe of that kind a run was started with, from the training state in `last`.
+
+    Raises CheckpointError where that is not there, or lacks one of `state`, and RecipeError for options given again
+    that do not agree, those of bookkeeping aside.
+    """
+    if training is None:
+        raise CheckpointError(f"{last}: holds weights only, nothing to resume from")
+    missing = [key for key in state if key not in training]
+    if missing:
+        raise CheckpointError(f"{last}: its training state lacks {', '.join(missing)}, so nothing can resume from it")
     try:
-        stored = {key: _checked(key, value, kind) for key, value in stored.items()}
+        stored = {key: _checked(key, value, kind) for key, value in training["recipe"].items()}
     except RecipeError as error:
         raise RecipeError(f"--resume: the run's recipe is damaged, or of another version: {error}") from error
     values = {field.name: field.default for field in dataclasses.fields(kind)} | stored

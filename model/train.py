@@ -53,8 +53,8 @@ from model.processes import group_id, init_process_group, restarted
 from model.progress import training_progress
 from model.recipe import Recipe, RecipeError, continued, options_table, read_recipe
 from model.stopping import stop_signals
-from model.weights import are_finite
-from model.wording import first_line, listing
+from model.weights import are_finite, fitting
+from model.wording import listing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -149,6 +149,12 @@ class Run:
         if recipe.precision == "fp16" and not cuda:
             raise RecipeError("precision=fp16 needs a CUDA device; use bf16 or fp32 here")
         if cuda:
+            here, gpus = self.device.index + 1, torch.cuda.device_count()
+            if here > gpus:
+                raise RecipeError(
+                    f"process {here} of this machine finds no GPU of its own, there are {gpus}; "
+                    f"start {gpus} by --nproc-per-node"
+                )
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
         if self.processes > 1 and not dist.is_initialized():
@@ -287,22 +293,18 @@ class Run:
                 f"this run was started with {len(training['random'])} processes; "
                 f"resume it with as many, not with {self.processes}"
             )
-        try:
+        with fitting(self.out / "last.pt"):
             self.network.load_state_dict(training["model"])
             if self.recipe.ema:
                 self.average.load_state_dict(checkpoint.weights)
             self.optimizer.load_state_dict(training["optimizer"])
             self.scaler.load_state_dict(training["scaler"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.out / 'last.pt'}: its training state does not fit the run: {first_line(error)}"
-            ) from error
+            cpu, *cuda = training["random"][self.rank]
+            torch.set_rng_state(cpu)
+            for state in cuda:
+                torch.cuda.set_rng_state(state)
         self.step, self.best = checkpoint.step, training["best"]
         self.curves = training.get("curves", self.curves)
-        cpu, *cuda = training["random"][self.rank]
-        torch.set_rng_state(cpu)
-        for state in cuda:
-            torch.cuda.set_rng_state(state)
         if self.rank == 0:
             self.console.print(f"continuing at step {self.step} of {self.steps}", highlight=False)
 
@@ -539,16 +541,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def stored_recipe(last: Path, checkpoint: Checkpoint, given: dict[str, Any]) -> Recipe:
-    """The recipe a run was started with. Options given again must agree, but for bookkeeping."""
-    if checkpoint.training is None:
-        raise CheckpointError(f"{last}: holds weights only, nothing to resume from")
-    missing = [key for key in STATE if key not in checkpoint.training]
-    if missing:
-        raise CheckpointError(f"{last}: its training state lacks {', '.join(missing)}, so nothing can resume from it")
-    return continued(Recipe, checkpoint.training["recipe"], given, BOOKKEEPING)
-
-
 def check_start(options: argparse.Namespace, last: Path) -> None:
     """Raise RecipeError where --resume and what a run starts from exclude each other, or do not fit the folder."""
     if options.out.exists() and not options.out.is_dir():
@@ -584,7 +576,7 @@ def work(options: argparse.Namespace) -> int:
         check_start(options, last)
         saved = load_checkpoint(last) if options.resume else None
         initial = load_checkpoint(options.initial) if options.initial else None
-        recipe = stored_recipe(last, saved, given) if saved else Recipe(**given)
+        recipe = continued(Recipe, last, saved.training, STATE, given, BOOKKEEPING) if saved else Recipe(**given)
         if (recipe.freeze or recipe.unfreeze_every) and not (saved or initial or options.backbone_weights):
             raise RecipeError(
                 "freeze and unfreeze_every would keep random weights; give --backbone-weights or --initial"

@@ -31,9 +31,10 @@ from model.predict import normalise
 from model.progress import training_progress
 from model.recipe import RecipeError, continued, option, options_table, read_recipe
 from model.stopping import stop_signals
-from model.weights import CheckpointError, are_finite
+from model.weights import CheckpointError, are_finite, fitting
 
 BOOKKEEPING = {"log_every", "save_every", "evaluate_every"}
+STATE = ("recipe", "optimizer", "random")  # what --resume needs of a training state
 EVALUATION_BATCH = 500
 
 
@@ -254,11 +255,7 @@ def work(options: argparse.Namespace, console: Console) -> int:
     if options.resume and not last.exists():
         raise RecipeError(f"{last}: nothing to resume from")
     saved = load_cifar(last) if options.resume else None
-    recipe = CifarRecipe(**given)
-    if saved:
-        if saved.training is None:
-            raise CheckpointError(f"{last}: holds weights only, nothing to resume from")
-        recipe = continued(CifarRecipe, saved.training["recipe"], given, BOOKKEEPING)
+    recipe = continued(CifarRecipe, last, saved.training, STATE, given, BOOKKEEPING) if saved else CifarRecipe(**given)
     device = choose_device(options.device)
     data = open_cifar(options.data)
     run = CifarRun(recipe, data, device)
@@ -268,7 +265,8 @@ def work(options: argparse.Namespace, console: Console) -> int:
         highlight=False,
     )
     if saved:
-        run.restore(saved)
+        with fitting(last):
+            run.restore(saved)
     options.out.mkdir(parents=True, exist_ok=True)
     with stop_signals() as asked:
         reached = train(run, options.out, console, asked)

@@ -1,7 +1,8 @@
 """Weights out of files whoever made them: read without running code from them, and checked key by key."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from model.wording import listing
+from model.wording import first_line, listing
 
 NUMPY_MAKERS: list[Any] = [numpy.float64(0).__reduce__()[0], numpy.empty(0).__reduce__()[0]]
 # What numpy scalars and arrays are pickled as; making one runs no code of the file.
@@ -44,6 +45,15 @@ class CheckpointError(ValueError):
 def are_finite(state: Mapping[str, Tensor]) -> bool:
     """Whether no floating-point tensor has a NaN or an infinity; on a GPU it is waited for once."""
     return bool(torch.stack([value.isfinite().all() for value in state.values() if value.is_floating_point()]).all())
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Make a CheckpointError about the file of what restoring a training state in it raises that does not fit."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its training state does not fit the run: {first_line(error)}") from error
 
 
 def read_pickle(path: Path) -> Any:
@@ -106,7 +116,9 @@ def check_state(
     )
 
 
-def _is_dense(value: Tensor) -> bool:
+def _is_dense(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return False
     return value.dtype in REAL and value.layout == torch.strided and value.device.type != "meta"
 
 

@@ -88,6 +88,8 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_side: int | None
     """
     with _opened(data, max_bytes, max_pixels) as image:
         name, mode = str(image.format), image.mode
+        if name == "PNG":  # its EXIF may stand behind its pixels: looking for it decodes these, and loses their errors
+            image.load()
         orientation = _orientation(image)
         image.load()
         if name == "PNG":
@@ -245,8 +247,6 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where there is none or the EXIF block cannot be read, as the pixels may well be fine."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except InputError:  # a PNG's may stand behind its pixels, which then are decoded here
-        raise
     except Exception:
         _log.debug("unreadable EXIF", exc_info=True)
         return 1

@@ -7,12 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from model.losses import IGNORE
 from model.wording import is_text
 
 CLASSES = Path(__file__).parent / "classes"
+TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class DataError(ValueError):
@@ -69,8 +78,17 @@ def read_image(path: Path, kind: str, pixels: bool = True) -> Image.Image:
             if pixels:
                 image.load()
             return image
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
         raise DataError(f"{path}: not a readable {kind}: {error}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The decoded picture turned as its EXIF block says, or as it is where that is unreadable: its pixels are not."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as in `read_image`
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -16,7 +16,7 @@ from networks import copy_of, exported_network, pictures, small_checkpoint, smal
 
 from export import cli, parity
 from export.errors import ExportError, ParityError
-from export.parity import Case, Comparison, largest_error
+from export.parity import TIE, Case, Comparison, equal_share, largest_error
 from export.whole import subgraphs
 from model.calibration import Calibration
 from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -295,6 +295,18 @@ def test_disagreement_fails_and_leaves_the_old_file(
 
 
 @pytest.mark.usefixtures("translated")
+def test_a_graph_that_does_not_run_is_told(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    def run(*given: object) -> None:
+        raise onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException("bad allocation")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", run)
+    assert "ONNX Runtime cannot run the graph: bad allocation" in refused(capsys, tmp_path, checkpoint)
+
+
+@pytest.mark.usefixtures("translated")
 def test_a_broken_graph_is_noticed(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Corners aligned where the network does not: only the comparison can tell."""
     built = cli.whole_model
@@ -355,6 +367,20 @@ def test_not_a_number_and_wrong_shapes_never_agree() -> None:
     for error in (nan, shape):
         comparison = Comparison("network", Case(1, 2, 3), {"logits": error}, {"logits": 1.0}, 1.0, 0.999)
         assert not comparison.agrees
+
+
+def test_a_label_counts_as_equal_where_its_class_ties_with_the_best() -> None:
+    """Of 150 classes that a network hardly tells apart float16 chooses others at one pixel in a hundred."""
+    scores = numpy.zeros((1, 3, 1, 4), numpy.float32)
+    scores[0, :, 0] = [[1, 1, 1, 0], [0.999, 0.98, 0.5, 0], [-1, -1, -1, -2]]
+    best, second = numpy.zeros((2, 1, 1, 4), numpy.uint8)
+    second += 1
+    assert equal_share(best, scores) == 1
+    assert 0.001 < TIE * scores.std() < 0.02
+    assert equal_share(second, scores) == 0.5, "the first ties, and the last is the best as well"
+    assert equal_share(best + 2, scores) == 0
+    assert equal_share(best[..., :2], scores) == 0, "another shape"
+    assert equal_share(best, numpy.full_like(scores, numpy.nan)) == 0
 
 
 def test_small_errors_do_not_agree_where_they_change_too_many_labels() -> None:

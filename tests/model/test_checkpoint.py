@@ -205,7 +205,7 @@ def test_the_way_out_works_for_a_whole_module(tmp_path):
         ({"config": {"num_classes": 2, "colour": 1}}, "unknown model option colour"),
         ({"config": {"backbone": "resnet18"}}, "lacks num_classes"),
         ({"config": {"num_classes": 2, "backbone": "vgg"}}, "backbone must be one of"),
-        ({"weights": {"a": 1}}, "weights that are no tensors: a"),
+        ({"weights": {"a": 1}}, "no dense tensors of real numbers: a"),
         ({"calibration": [1.0]}, "fields of a wrong type: calibration (a list)"),
         ({"calibration": {"scale": [1.0]}}, "calibration: must have scale, bias, method, pictures, found scale"),
         (

@@ -354,6 +354,34 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         load_cifar(path)
 
 
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    assert train_cifar.main(["--data", str(data), "--device", "cpu", "--out", str(out), *TINY, "epochs=1"]) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda document: document["training"].pop("optimizer"), "its training state lacks optimizer"),
+        (lambda document: document["training"]["recipe"].update(colour=1), "unknown option 'colour'"),
+        (lambda document: document["training"].update(optimizer={}), "its training state does not fit the run"),
+        (lambda document: document["training"].update(random=[1]), "its training state does not fit the run"),
+        (lambda document: document.update(training=7), "fields that are missing or of a wrong type: training"),
+        (lambda document: document.update(weights=7), "fields that are missing or of a wrong type: weights"),
+        (lambda document: document.pop("step"), "fields that are missing or of a wrong type: step"),
+        (lambda document: document["weights"].update({"conv.weight": 7}), "no dense tensors of real numbers: conv.w"),
+    ],
+)
+def test_a_run_that_cannot_be_resumed_says_why(data, finished, tmp_path, capsys, change, said):
+    document = torch.load(finished / "last.pt", weights_only=True)
+    change(document)
+    torch.save(document, tmp_path / "last.pt")
+    assert train_cifar.main(["--data", str(data), "--device", "cpu", "--out", str(tmp_path), "--resume"]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -4,9 +4,10 @@ import json
 
 import numpy
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from model.data import DataError, open_dataset, problems, read_classes
+from model.inspect import read_picture
 from service.images import decode
 
 CLASSES = [{"id": 0, "name": "sky", "color": [0, 0, 255]}, {"id": 1, "name": "road", "color": [90, 90, 90]}]
@@ -171,6 +172,32 @@ def test_a_turned_picture_has_the_orientation_of_its_labels(tmp_path):
     assert numpy.array_equal(open_dataset(tmp_path, "train").load(0)[0], pixels)
     Image.fromarray(numpy.rot90(pixels)).save(path, exif=exif)
     assert numpy.array_equal(open_dataset(tmp_path, "train").load(0)[0], pixels)
+
+
+def test_a_damaged_exif_block_denies_no_picture(tmp_path):
+    """One whose orientation can be read, but not all the rest, and one that cannot be read at all."""
+    path = write_folder(tmp_path) / "images" / "a.png"
+    pixels = numpy.arange(6 * 8 * 3, dtype=numpy.uint8).reshape(6, 8, 3)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    block = exif.tobytes().replace(b"\x01\x1a\0\5", b"\x01\x03\0\5")
+    Image.fromarray(numpy.rot90(pixels)).save(path, exif=block)
+    assert numpy.array_equal(open_dataset(tmp_path, "train").load(0)[0], pixels)
+    assert numpy.array_equal(read_picture(path), pixels)
+    for block in (b"Exif\0\0II*\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0garbage"):
+        Image.fromarray(pixels).save(path, exif=block)
+        assert numpy.array_equal(read_picture(path), pixels)
+
+
+def test_a_damaged_file_is_a_problem_whatever_its_reader_raises(tmp_path, monkeypatch):
+    """Pillow's reader of AVIF raises RuntimeError."""
+    write_folder(tmp_path, ids=("a",))
+
+    def load(image):
+        raise RuntimeError("Failed to decode frame 0")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    assert "images/a.png: not a readable picture: Failed to decode frame 0" in only_problem(tmp_path)
 
 
 def test_what_is_no_data_set(tmp_path):

@@ -68,6 +68,12 @@ def test_a_batch_sent_from_the_host_is_cut_like_one_on_the_device(data, monkeypa
     assert all(torch.equal(*pair) for pair in zip(cut, expected, strict=True))
 
 
+def test_workers_are_given_nothing_of_the_device(data):
+    """Where processes are not forked, as from Python 3.14 on, each worker would begin by using the GPU."""
+    held = vars(TrainingCrops(data, OPTIONS, 7, (1, 2, 3), "meta", "off"))
+    assert not [name for name, value in held.items() if isinstance(value, torch.Tensor) and value.is_meta]
+
+
 @pytest.mark.parametrize("cache", ["device", "off"])
 def test_labels_are_counted(data, cache):
     labels = numpy.concatenate([data.load(index)[1].ravel() for index in range(len(data))])

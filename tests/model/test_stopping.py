@@ -129,7 +129,7 @@ def test_a_command_that_is_interrupted_says_so_and_ends_with_130(capsys: pytest.
         signal.raise_signal(signal.SIGINT)
 
     assert finish(work) == 130
-    assert capsys.readouterr().err == "stopped before it was done\n"
+    assert capsys.readouterr().err == "error: stopped before it was done\n"
 
 
 def test_a_file_in_the_place_of_the_runs_folder_is_told_at_once(

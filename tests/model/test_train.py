@@ -239,6 +239,16 @@ def test_a_batch_that_cannot_be_divided_is_refused(scenes, tmp_path, capsys):
     assert "batch=2 must be a multiple of the 1 processes times accumulate=3" in capsys.readouterr().err
 
 
+def test_more_processes_than_gpus_are_told(scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("RANK", "2"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert train.main(["--data", str(scenes), "--out", str(tmp_path / "run"), *TINY, "batch=4"]) == 2
+    said = capsys.readouterr().err
+    assert "process 3 of this machine finds no GPU of its own, there are 2; start 2 by --nproc-per-node" in said
+
+
 def test_the_network_compiles_whole_and_computes_the_same():
     """Without the code generator, which takes minutes on a CPU; `make gpu-check` and benchmarks.training use it."""
     torch.manual_seed(0)

@@ -297,6 +297,13 @@ def test_damage_anywhere_never_raises_anything_else(photo: np.ndarray, kind: str
             assert error.message
 
 
+def test_a_png_with_a_damaged_pixel_is_an_error_and_no_black_picture(photo: np.ndarray) -> None:
+    """Pillow decodes a PNG's pixels where it looks for an EXIF block, which may stand behind them."""
+    data = bytearray(encoded(photo, "PNG"))
+    data[data.index(b"IDAT") + 34] ^= 16
+    assert code_of(bytes(data)) == "truncated"
+
+
 @pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"])
 def test_heic_is_refused_by_name(brand: bytes) -> None:
     data = struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1heic" + bytes(100)
