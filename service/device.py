@@ -126,6 +126,10 @@ class Device:
     def abandon(self, job: Job) -> None:
         """Nobody waits for this job any more: it will not run; a run of which nobody waits for any job is stopped."""
         if job.done.cancel():
+            with self._wake:
+                if job in self._waiting:  # its pixels are let go now, and not only when its turn comes
+                    self._waiting.remove(job)
+                    self._wake.notify_all()
             return
         with self._wake:
             job.abandoned = True

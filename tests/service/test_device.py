@@ -352,6 +352,23 @@ def test_a_picture_whose_caller_has_left_is_dropped(device: Callable[..., Device
     assert len(engines[0].runs) == 2
 
 
+def test_a_picture_whose_caller_has_left_is_let_go_while_others_run(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    """Who comes and goes while a run takes long would otherwise fill the memory, no longer counted as let in."""
+    served = device()
+    running = held(served, engines[0])
+    plan = engines[0].plan()
+    job = Job(GREY.copy(), plan, engines[0].work(8, 8, plan), float("inf"))
+    picture = weakref.ref(job.image)
+    served.submit(job)
+    served.abandon(job)
+    del job
+    assert picture() is None
+    engines[0].go_on.set()
+    running.result(WAIT)
+
+
 def test_a_shared_run_leaves_out_whose_caller_has_left_and_who_is_too_late(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:
