@@ -270,7 +270,7 @@ class Device:
             with self._wake:  # it would have taken longer still: runs that are always stopped must teach that
                 if seconds is not None and seconds > self.cost_model.predict(_total(jobs)):
                     self.cost_model.observe(_total(jobs), seconds)
-            _fail(jobs, Refusal("deadline_passed", "nobody waited for the answer any more"))
+            _fail(jobs, _stopped())
             return
         except Exception as error:
             self._after_failure(engine, run, jobs, error)
@@ -303,6 +303,9 @@ class Device:
         for index, job in enumerate(jobs):
             if job.done.done():  # the watchdog has failed this one and the rest
                 return
+            if job.abandoned:
+                _fail([job], _stopped())
+                continue
             with self._wake:
                 rest = self._begin(jobs[index:])
             self._run(engine, rest, [job])
@@ -349,6 +352,10 @@ class Device:
 def _request_ids(jobs: list[Job]) -> str:
     """The ids of the jobs' requests, under which what becomes of their run is logged."""
     return ",".join(dict.fromkeys(job.request_id for job in jobs))
+
+
+def _stopped() -> Refusal:
+    return Refusal("deadline_passed", "nobody waited for the answer any more")
 
 
 def _wanted(job: Job) -> bool:

@@ -182,6 +182,27 @@ def test_in_a_shared_run_only_the_picture_at_fault_fails(
     assert served.state == "ready"
 
 
+def test_of_a_shared_run_that_failed_those_whose_callers_have_left_are_not_run_again(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(max_batch=4)
+    first = held(served, engines[0])
+    plan = engines[0].plan()
+    picture = np.full((*STUCK, 3), 128, np.uint8)
+    left, kept = (Job(picture, plan, engines[0].work(*STUCK, plan), float("inf")) for _ in range(2))
+    served.submit(left)
+    served.submit(kept)
+    engines[0].failures = [None, RuntimeError("together")]
+    engines[0].go_on.set()
+    first.result(WAIT)
+    assert engines[0].stuck.wait(WAIT)
+    served.abandon(left)
+    engines[0].come_back.set()
+    assert kept.done.result(WAIT)[0].batch == 1
+    assert isinstance(left.done.exception(WAIT), Refusal)
+    assert engines[0].runs == [1, 2, 1]
+
+
 def test_a_device_that_dies_over_a_shared_run_fails_all_that_is_left_of_it(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:
