@@ -324,8 +324,8 @@ class Device:
                 self.reason = reason
                 self._restarts += 1
                 self.state = "failed" if first or self._restarts > RESTARTS else "restarting"
-                self._failure = error
                 if self.state == "failed":
+                    self._failure = error  # not before: its traceback would keep the engine that died
                     waiting, self._waiting = self._waiting, waiting
                 else:
                     _log.warning("restarting the device (%d of %d)", self._restarts, RESTARTS)

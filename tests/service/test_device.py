@@ -1,5 +1,7 @@
 """Promise: a run that fails, a device that dies and a run that hangs fail exactly their own pictures, at once."""
 
+import logging
+import sys
 import threading
 import time
 import weakref
@@ -315,6 +317,30 @@ def test_a_run_does_not_hang_before_ten_times_its_prediction(
     engines[0].go_on.set()
     assert slow.result(WAIT)[0].mask.shape == (8, 8)
     assert (len(engines), served.state) == (1, "ready")
+
+
+def test_an_engine_that_died_is_let_go(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its session and, on a GPU, its memory there: beside the fresh engine there may be no room for it."""
+    monkeypatch.setattr(logging.getLogger("service.device"), "disabled", True)  # pytest keeps the tracebacks it is told
+
+    class Mortal(Moody):
+        def meet(self, images: Any, plan: Any) -> None:
+            if plan.scales == (1.0,) and len(engines) == 1:
+                sys.exit()
+
+    engines: list[weakref.ref[Engine]] = []
+
+    def load() -> Engine:
+        engine = Mortal(model_file, 1)
+        engines.append(weakref.ref(engine))
+        return engine
+
+    served = Device(load)
+    served.wait_until_started()
+    assert submit(served).exception(WAIT) is not None
+    until(lambda: len(engines) == 2 and served.state == "ready")
+    until(lambda: engines[0]() is None)
+    served.close()
 
 
 def test_a_device_that_keeps_dying_is_given_up(device: Callable[..., Device], engines: list[Moody]) -> None:
