@@ -17,7 +17,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -382,5 +383,5 @@ def _total(batch: list[Job]) -> Work:
 
 def _fail(jobs: list[Job], error: Exception) -> None:
     for job in jobs:
-        if not job.done.cancelled() and not job.done.done():
+        with suppress(InvalidStateError):  # it is over already
             job.done.set_exception(error)
