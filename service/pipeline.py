@@ -339,7 +339,10 @@ async def in_pool(
 
     running = asyncio.get_running_loop().run_in_executor(workers, timed)
     await first_of(running, deadline, departed)
-    return running.result()
+    try:
+        return running.result()
+    finally:
+        del running  # what it raises holds this frame: in a circle, the picture would stay until one looks for garbage
 
 
 async def first_of(work: "asyncio.Future[Any]", deadline: float, departed: Departure | None) -> None:

@@ -2,12 +2,16 @@
 
 import asyncio
 import base64
+import gc
 import socket
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,7 +30,7 @@ from service.engine import Engine
 from service.errors import Departed, InputError, Refusal
 from service.models import Models
 from service.options import Options
-from service.pipeline import Admitted, Pipeline, Result
+from service.pipeline import Admitted, Pipeline, Result, in_pool
 from service.settings import Settings
 
 WAIT = 60
@@ -431,6 +435,33 @@ def test_a_departed_clients_picture_is_not_run(pipeline: Callable[..., Pipeline]
         assert served.engine.runs == 2  # type: ignore[attr-defined]
 
     run(main)
+
+
+def test_what_a_refused_picture_held_is_let_go_at_once() -> None:
+    """Not only when Python looks for garbage, which it does by the number of objects and not by their size."""
+
+    async def main() -> None:
+        class Picture: ...
+
+        def refuse(picture: Picture) -> None:
+            raise InputError("truncated", "cut short")
+
+        async def refused() -> weakref.ref[Picture]:
+            picture = Picture()
+            with suppress(InputError):
+                await in_pool(workers, partial(refuse, picture), time.monotonic() + WAIT)
+            return weakref.ref(picture)
+
+        picture = await refused()
+        while picture():  # a moment, until the worker has put its task away
+            await asyncio.sleep(0.005)
+
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(1) as workers:
+            run(main)
+    finally:
+        gc.enable()
 
 
 def test_a_bad_picture_is_told_before_it_is_queued(pipeline: Callable[..., Pipeline], gate: Any) -> None:
