@@ -449,6 +449,25 @@ def test_a_picture_is_fetched(host: str, quadrants: np.ndarray) -> None:
     assert refused.value.code == "too_many_bytes"
 
 
+def test_over_https_the_hosts_name_is_checked_and_the_connection_closed(
+    host: str, quadrants: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secured: list[tuple[socket.socket, str]] = []
+
+    class Context:
+        """Takes over a connection as ssl's own does, but leaves the encryption out."""
+
+        def wrap_socket(self, plain: socket.socket, server_hostname: str) -> socket.socket:
+            secured.append((socket.socket(fileno=plain.detach()), server_hostname))
+            return secured[-1][0]
+
+    monkeypatch.setattr("ssl.create_default_context", Context)
+    Host.picture = encoded(quadrants)
+    assert local(f"{host.replace('http', 'https')}/picture?a=1") == Host.picture
+    ((connection, name),) = secured
+    assert (connection.fileno(), name) == (-1, "pictures.example")
+
+
 @pytest.mark.parametrize(
     ("path", "code", "part"),
     [
