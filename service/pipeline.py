@@ -238,10 +238,6 @@ class Pipeline:
             if begun:
                 self.encode_times.observe(format_, result.segmentation.mask.size, time.monotonic() - begun[0])
 
-    def fullness(self) -> float:
-        """Share of the admission limit that is taken, 0..1 and above where one large picture is in."""
-        return self.house.cost / self.settings.max_queue_pixels
-
     def close(self) -> None:
         """Stop the device; what still waits fails with 503."""
         self.device.close()
