@@ -14,7 +14,7 @@ from fastapi.responses import Response
 
 from service.answers import cost_headers
 from service.errors import InputError
-from service.images import read_size, reduced_size
+from service.images import check_pixels
 from service.metrics import Metrics
 from service.models import Models
 from service.oip_codec import (
@@ -162,12 +162,7 @@ def _pictures(image: InputTensor, settings: Settings) -> list[Any]:
         )
     if image.datatype == "UINT8":
         height, width = image.array.shape[1:3]
-        if height * width > settings.max_pixels:
-            raise InputError(
-                "too_many_pixels",
-                f"the pictures are {width} x {height} = {width * height} pixels, more than the {settings.max_pixels} "
-                "allowed",
-            )
+        check_pixels((width, height), settings.max_pixels)
     return list(image.array)
 
 
@@ -229,14 +224,12 @@ async def _check_sizes(pictures: list[bytes], pipeline: Pipeline, options: Optio
 
     Sides that are only swapped may be of one size, by the orientation in the file, and are left to `_write`.
     """
-    limits = {"max_bytes": pipeline.settings.max_bytes, "max_pixels": pipeline.settings.max_pixels}
     sizes: list[tuple[int, int]] = []
     for index, picture in enumerate(pictures):
         try:
-            stated, _, _ = await in_pool(pipeline.readers, partial(read_size, picture, **limits), deadline)
+            sizes.append(await pipeline.size(picture, options, deadline))
         except InputError as error:
             raise _named(error, index) from None
-        sizes.append(reduced_size(*stated, options.max_side))
         if sorted(sizes[index]) != sorted(sizes[0]):
             raise _sizes_differ(index, sizes[index], sizes[0])
     return sizes[0]

@@ -160,9 +160,17 @@ class Pipeline:
             probabilities=options.format == "npz",
         )
 
+    async def size(self, data: bytes, options: Options, deadline: float) -> tuple[int, int]:
+        """Width and height to segment, before orientation. Raises InputError and Refusal.
+
+        Read on a thread, as a hostile file's header takes up to HEADER_SECONDS.
+        """
+        size, _, _ = await in_pool(self.readers, partial(read_size, data, **self._limits()), deadline)
+        return reduced_size(*size, options.max_side)
+
     async def price(self, data: bytes, options: Options, deadline: float) -> Estimate:
         """What segmenting a picture file would cost, from its header alone. Raises InputError and Refusal."""
-        return self.estimate(*await self._size(data, options, deadline), self.plan(options), options.format)
+        return self.estimate(*await self.size(data, options, deadline), self.plan(options), options.format)
 
     @asynccontextmanager
     async def segmented(
@@ -187,7 +195,7 @@ class Pipeline:
         plan = plan or self.plan(options)
         self._refuse_if_late(0.0, deadline)  # a queue that is too long for any picture: no header need be read
         if isinstance(source, bytes):
-            width, height = await self._size(source, options, deadline)
+            width, height = await self.size(source, options, deadline)
         else:
             height, width = source.shape[:2]
         estimate = self.estimate(width, height, plan, options.format)
@@ -244,11 +252,6 @@ class Pipeline:
 
     def _limits(self) -> dict[str, int]:
         return {"max_bytes": self.settings.max_bytes, "max_pixels": self.settings.max_pixels}
-
-    async def _size(self, data: bytes, options: Options, deadline: float) -> tuple[int, int]:
-        """Width and height to segment. Read in the pool, as a hostile file has a header that takes seconds."""
-        size, _, _ = await in_pool(self.readers, partial(read_size, data, **self._limits()), deadline)
-        return reduced_size(*size, options.max_side)
 
     def _admit(self, estimate: Estimate, deadline: float) -> Place:
         """Let a request in, or raise Refusal: over the cost limit, or with no chance to be in time.
