@@ -263,9 +263,8 @@ class Device:
     def _run(self, engine: Engine, run: _Run, jobs: list[Job]) -> None:
         """Run these jobs of the run, which are all of it or its first."""
         logs.request_id.set(_request_ids(jobs))
-        run_together = engine.run_beside if run.beside and engine.lanes > 1 else engine.run
         try:
-            answers = run_together([job.image for job in jobs], jobs[0].plan, run.options)
+            answers = engine.run([job.image for job in jobs], jobs[0].plan, run.options, run.beside)
         except Stopped:
             seconds = self._end(run)
             with self._wake:  # it would have taken longer still: runs that are always stopped must teach that

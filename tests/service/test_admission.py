@@ -46,11 +46,11 @@ class Gated(Engine):
         super().__init__(model, "cpu", 1)
         self.gate = gate
 
-    def run(self, images: Any, plan: Any, options: Any = None) -> Any:
+    def run(self, images: Any, plan: Any, *more: Any) -> Any:
         if plan.scales == (1.0,):
             self.runs += 1
             assert self.gate.wait(WAIT)
-        return super().run(images, plan, options)
+        return super().run(images, plan, *more)
 
 
 @pytest.fixture

@@ -43,14 +43,10 @@ class Moody(Engine):
         self.stuck = threading.Event()  # set once a picture of the shape STUCK is being run, until come_back
         self.come_back = threading.Event()
 
-    def run(self, images: Any, plan: Any, options: Any = None) -> Any:
+    def run(self, images: Any, plan: Any, options: Any = None, beside: bool = False) -> Any:
+        self.beside += beside and plan.scales == (1.0,)
         self.meet(images, plan)
-        return super().run(images, plan, options)
-
-    def run_beside(self, images: Any, plan: Any, options: Any = None) -> Any:
-        self.beside += plan.scales == (1.0,)
-        self.meet(images, plan)
-        return super().run_beside(images, plan, options)
+        return super().run(images, plan, options, beside)
 
     def meet(self, images: Any, plan: Any) -> None:
         if self.broken:

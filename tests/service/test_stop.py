@@ -129,7 +129,7 @@ from service.engine import Engine
 from service.settings import Settings
 
 def ready(models):
-    Engine.run = Engine.run_beside = lambda *arguments: time.sleep(600)
+    Engine.run = lambda *arguments: time.sleep(600)
     print(f"listens on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
 
 settings = Settings(model=sys.argv[1], device="cpu", threads=1, port=0, grace_seconds=0.2)
