@@ -325,23 +325,25 @@ async def in_pool(
     left; Refusal also where memory runs out.
     """
     asked = time.perf_counter()
+    task = [work]
 
     def timed() -> tuple[T, float, float]:
         begun = time.perf_counter()
         if time.monotonic() > deadline:
             raise _too_late()
         try:
-            result = work()
+            result = task.pop()()
         except MemoryError:
             raise Refusal("overloaded", "there is no memory for this picture now", 1.0) from None
         return result, (begun - asked) * 1000, (time.perf_counter() - begun) * 1000
 
     running = asyncio.get_running_loop().run_in_executor(workers, timed)
-    await first_of(running, deadline, departed)
     try:
+        await first_of(running, deadline, departed)
         return running.result()
     finally:
-        del running  # what it raises holds this frame: in a circle, the picture would stay until one looks for garbage
+        task.clear()  # which the pool's queue holds, if nobody waits any more, until a thread comes to it
+        del running  # its error holds this frame: in a circle, the picture would stay until Python looks for garbage
 
 
 async def first_of(work: "asyncio.Future[Any]", deadline: float, departed: Departure | None) -> None:

@@ -464,6 +464,31 @@ def test_what_a_refused_picture_held_is_let_go_at_once() -> None:
         gc.enable()
 
 
+def test_what_waits_for_a_thread_is_let_go_when_its_caller_has_left() -> None:
+    """Not only when a thread comes to it: who comes and goes while all are busy would otherwise fill the memory."""
+
+    async def main() -> None:
+        class Picture: ...
+
+        async def left() -> weakref.ref[Picture]:
+            picture = Picture()
+            departed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            departed.set_result(None)
+            with suppress(Departed):
+                await in_pool(workers, partial(repr, picture), time.monotonic() + WAIT, departed)
+            return weakref.ref(picture)
+
+        assert (await left())() is None
+
+    go_on = threading.Event()
+    with ThreadPoolExecutor(1) as workers:
+        workers.submit(go_on.wait, WAIT)
+        try:
+            run(main)
+        finally:
+            go_on.set()
+
+
 def test_a_bad_picture_is_told_before_it_is_queued(pipeline: Callable[..., Pipeline], gate: Any) -> None:
     async def main() -> None:
         served = pipeline()
