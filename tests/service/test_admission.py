@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from live import serving
+from live import serving, until
 from starlette.testclient import TestClient
 from tiny_model import encoded
 
@@ -716,10 +716,3 @@ def test_a_picture_that_memory_has_no_room_for_is_429(client: TestClient, monkey
     refused = client.post("/segment", content=encoded(GREY))
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
     assert refused.headers["retry-after"] == "1"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from live import until
 
 from service import logs
 from service.device import RESTARTS, Device, Job
@@ -107,13 +108,6 @@ def held(served: Device, engine: Moody) -> "Future[Any]":
     picture = submit(served)
     assert engine.entered.wait(WAIT)
     return picture
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_a_picture_is_let_go_when_its_run_is_over(device: Callable[..., Device]) -> None:

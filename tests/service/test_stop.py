@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from live import heed_ctrl_c
+from live import heed_ctrl_c, until
 from tiny_model import encoded
 
 import service
@@ -75,13 +75,6 @@ def serve(model_file: Path) -> Iterator[Serve]:
             process.wait(10)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def queued(url: str) -> int:
