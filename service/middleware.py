@@ -75,7 +75,7 @@ class RequestContext:
             await send(message)
 
         def hold(size: int) -> None:
-            """Count bytes of the body, as received or as unpacked, until the request is over."""
+            """Count bytes of the request, as they are received, unpacked or fetched, until it is over."""
             nonlocal held
             if held + size > self.bytes_limit:
                 text = f"the request is larger than the {self.bytes_limit} bytes that are held at a time"

@@ -73,7 +73,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["segmentation"])
     settings = models.settings
 
-    async def fetched(upload: Upload, deadline: float) -> bytes:
+    async def fetched(request: Request, upload: Upload, deadline: float) -> bytes:
         """The picture's bytes, wherever they are. Raises InputError where URLs are switched off or lead nowhere."""
         if upload.url is None:
             return upload.picture
@@ -83,7 +83,9 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
             )
         timeout_s = settings.url_timeout_ms / 1000
         work = partial(fetch, upload.url, max_bytes=settings.max_bytes, timeout_s=timeout_s)
-        return (await in_pool(None, work, deadline))[0]
+        picture, _, _ = await in_pool(None, work, deadline)
+        request.state.hold(len(picture))
+        return picture
 
     @router.post(
         "/segment",
@@ -100,7 +102,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         format_, media_type = choose_format(", ".join(request.headers.getlist("accept")), options.format)
         options = options.model_copy(update={"format": format_})
         deadline = time.monotonic() + (options.timeout_ms or settings.timeout_ms) / 1000
-        picture = await fetched(upload, deadline)
+        picture = await fetched(request, upload, deadline)
         with models.hold(options.model) as pipeline:
             if options.dry_run:
                 return _prediction(pipeline, await pipeline.price(picture, options, deadline))
