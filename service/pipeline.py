@@ -178,20 +178,17 @@ class Pipeline:
         source: bytes | np.ndarray,
         options: Options,
         *,
+        deadline: float,
         plan: Plan | None = None,
-        deadline: float | None = None,
         departed: Departure | None = None,
     ) -> AsyncIterator[Result]:
-        """Segment a picture file, or pixels uint8 (H, W, 3) RGB. The block is for `encode`: it counts as admitted.
+        """Segment a picture file, or pixels uint8 (H, W, 3) RGB. Within the block, as for `encode`, it is admitted.
 
-        `plan` is made from the options unless given. `deadline` is on the monotonic clock, by default the options'
-        `timeout_ms` from now. When `departed` is done, the caller has left and the picture is dropped.
+        `deadline` is on the monotonic clock; `plan` is made from the options unless given. When `departed` is done, the
+        caller has left and the picture is dropped.
 
         Raises InputError, Refusal, and Departed for a caller who has left.
         """
-        timeout_s = (options.timeout_ms or self.settings.timeout_ms) / 1000
-        if deadline is None:
-            deadline = time.monotonic() + timeout_s
         plan = plan or self.plan(options)
         self._refuse_if_late(0.0, deadline)  # a queue that is too long for any picture: no header need be read
         if isinstance(source, bytes):

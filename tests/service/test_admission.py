@@ -94,7 +94,8 @@ def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 
 async def segment(pipeline: Pipeline, source: Any, options: Options, **more: Any) -> Result:
-    async with pipeline.segmented(source, options, **more) as result:
+    deadline = time.monotonic() + (options.timeout_ms or pipeline.settings.timeout_ms) / 1000
+    async with pipeline.segmented(source, options, deadline=deadline, **more) as result:
         return result
 
 
