@@ -271,16 +271,25 @@ def test_a_supervisor_does_not_insist_on_a_model_that_cannot_be_loaded(tmp_path:
     assert done.stderr.count("does not exist") == 1
 
 
-def test_a_supervisor_gives_up_on_a_server_that_dies_at_once() -> None:
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ("os._exit(9)", "exit code 9"),
+        ("os.kill(os.getpid(), 9)", "signal 9"),
+        ("os.kill(os.getpid(), 35)", "signal 35"),
+    ],
+)
+def test_a_supervisor_gives_up_on_a_server_that_dies_at_once(end: str, told: str) -> None:
     script = (
         "import socket, sys\n"
         "from service.supervisor import supervise\n"
-        "sys.exit(supervise([sys.executable, '-c', 'import os; print(\"born\", flush=True); os._exit(9)'], "
+        f"sys.exit(supervise([sys.executable, '-c', 'import os; print(\"born\", flush=True); {end}'], "
         "socket.create_server(('127.0.0.1', 0))))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 1
     assert done.stdout.count("born") == QUICK_DEATHS
+    assert f"died {QUICK_DEATHS} times in a row ({told}" in done.stderr
 
 
 def started(*words: str) -> "subprocess.Popen[str]":
