@@ -212,7 +212,7 @@ def measure(
 ) -> Level:
     """Load the server with so many clients for so many seconds; `tick` is told how many seconds have passed.
 
-    Connections are opened before the clock starts.
+    Connections are opened before the clock starts. Raises BenchError where there can be no more threads.
     """
     level = Level(clients, seconds)
     merging = threading.Lock()
@@ -245,8 +245,11 @@ def measure(
             _merge(level, mine)
 
     threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
+    for number, thread in enumerate(threads):
+        try:
+            thread.start()
+        except RuntimeError:
+            raise BenchError(f"this machine has room for {number} clients, not for {clients}; ask for fewer") from None
     start.wait()
     begun = time.perf_counter()
     for thread in threads:

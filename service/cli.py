@@ -412,6 +412,8 @@ def load_server(
 
         python -m service bench 'http://127.0.0.1:8000/segment?format=png' --scales 0.75,1,1.25 --flip --json bench.json
     """
+    from service.connections import raise_descriptor_limit
+
     given = {"scales": scales, "flip": "" if flip is None else str(flip).lower()}
     try:
         clients = bench.read_concurrency(concurrency)
@@ -426,6 +428,7 @@ def load_server(
         _fail(f"cannot write {json_file}: {error.strerror or error}")
     levels: list[bench.Level] = []
     try:
+        raise_descriptor_limit()
         bench.try_once(target, pictures[0])
         with _progress() as progress:
             bar = progress.add_task("measuring", total=len(clients) * duration)

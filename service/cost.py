@@ -87,7 +87,7 @@ class CostModel:
     """Seconds of a run, fitted to the runs seen: microseconds for each kind of pixel, by least squares that forget.
 
     What the runs do not tell, as all of one shape tell no rate by itself, stays as it was.
-    Not thread-safe: one thread observes and predicts.
+    One thread at a time may observe; any may predict.
     """
 
     def __init__(self) -> None:

@@ -17,7 +17,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -126,6 +127,10 @@ class Device:
     def abandon(self, job: Job) -> None:
         """Nobody waits for this job any more: it will not run; a run of which nobody waits for any job is stopped."""
         if job.done.cancel():
+            with self._wake:
+                if job in self._waiting:  # its pixels are let go now, and not only when its turn comes
+                    self._waiting.remove(job)
+                    self._wake.notify_all()
             return
         with self._wake:
             job.abandoned = True
@@ -258,15 +263,14 @@ class Device:
     def _run(self, engine: Engine, run: _Run, jobs: list[Job]) -> None:
         """Run these jobs of the run, which are all of it or its first."""
         logs.request_id.set(_request_ids(jobs))
-        run_together = engine.run_beside if run.beside and engine.lanes > 1 else engine.run
         try:
-            answers = run_together([job.image for job in jobs], jobs[0].plan, run.options)
+            answers = engine.run([job.image for job in jobs], jobs[0].plan, run.options, run.beside)
         except Stopped:
             seconds = self._end(run)
             with self._wake:  # it would have taken longer still: runs that are always stopped must teach that
                 if seconds is not None and seconds > self.cost_model.predict(_total(jobs)):
                     self.cost_model.observe(_total(jobs), seconds)
-            _fail(jobs, Refusal("deadline_passed", "nobody waited for the answer any more"))
+            _fail(jobs, _stopped())
             return
         except Exception as error:
             self._after_failure(engine, run, jobs, error)
@@ -299,6 +303,9 @@ class Device:
         for index, job in enumerate(jobs):
             if job.done.done():  # the watchdog has failed this one and the rest
                 return
+            if job.abandoned:
+                _fail([job], _stopped())
+                continue
             with self._wake:
                 rest = self._begin(jobs[index:])
             self._run(engine, rest, [job])
@@ -317,8 +324,8 @@ class Device:
                 self.reason = reason
                 self._restarts += 1
                 self.state = "failed" if first or self._restarts > RESTARTS else "restarting"
-                self._failure = error
                 if self.state == "failed":
+                    self._failure = error  # not before: its traceback would keep the engine that died
                     waiting, self._waiting = self._waiting, waiting
                 else:
                     _log.warning("restarting the device (%d of %d)", self._restarts, RESTARTS)
@@ -347,6 +354,10 @@ def _request_ids(jobs: list[Job]) -> str:
     return ",".join(dict.fromkeys(job.request_id for job in jobs))
 
 
+def _stopped() -> Refusal:
+    return Refusal("deadline_passed", "nobody waited for the answer any more")
+
+
 def _wanted(job: Job) -> bool:
     """Whether somebody still waits for the job; marks it as running if so."""
     if not job.done.set_running_or_notify_cancel():
@@ -371,5 +382,5 @@ def _total(batch: list[Job]) -> Work:
 
 def _fail(jobs: list[Job], error: Exception) -> None:
     for job in jobs:
-        if not job.done.cancelled() and not job.done.done():
+        with suppress(InvalidStateError):  # it is over already
             job.done.set_exception(error)

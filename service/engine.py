@@ -146,8 +146,8 @@ class Engine:
     `threads` are those of one inference on the CPU, 0 for one per core; `gpu_memory_limit` bounds what ONNX Runtime
     takes on the GPU, in bytes, 0 for no limit.
 
-    With `lanes` above 1, and as many threads, a second session is opened for `run_beside`, each of whose runs has its
-    share of the threads. `lanes` says for how many runs side by side the engine is made: 1 on a GPU.
+    With `lanes` above 1, and as many threads, a second session is opened for runs `beside` others, each of which has
+    its share of the threads. `lanes` says for how many runs side by side the engine is made: 1 on a GPU.
     """
 
     def __init__(
@@ -233,23 +233,18 @@ class Engine:
         return self.run([image], plan)[0]
 
     def run(
-        self, images: Sequence[np.ndarray], plan: Plan, options: ort.RunOptions | None = None
+        self,
+        images: Sequence[np.ndarray],
+        plan: Plan,
+        options: ort.RunOptions | None = None,
+        beside: bool = False,
     ) -> list[Segmentation]:
         """Segment pictures of one shape in one call of ONNX Runtime; with windows, in one call for each window.
 
-        Another thread may set `options.terminate`; the run then raises Stopped at its next step.
+        `beside`: on the threads of one lane, to the same bits. Another thread may set `options.terminate`; the run then
+        raises Stopped at its next step.
         """
-        return self._run(self._session, images, plan, options)
-
-    def run_beside(
-        self, images: Sequence[np.ndarray], plan: Plan, options: ort.RunOptions | None = None
-    ) -> list[Segmentation]:
-        """As `run`, to the same bits, on the threads of one lane."""
-        return self._run(self._narrow, images, plan, options)
-
-    def _run(
-        self, session: ort.InferenceSession, images: Sequence[np.ndarray], plan: Plan, options: ort.RunOptions | None
-    ) -> list[Segmentation]:
+        session = self._narrow if beside else self._session
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
@@ -367,7 +362,7 @@ class Engine:
         else:
             self.segment(_GREY, scales=(0.25,), flip=False)
             if self.lanes > 1:
-                self.run_beside([_GREY], self.plan((0.25,), False))
+                self.run([_GREY], self.plan((0.25,), False), beside=True)
 
 
 def execution_providers(device: str, gpu_memory_limit: int) -> list[Any]:

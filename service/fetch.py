@@ -76,10 +76,11 @@ def fetch(
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     try:
         with socket.create_connection((addresses[0], port), timeout=_left(until)) as connection:
-            if scheme == "https":
-                connection.settimeout(_left(until))
-                connection = ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-            return _get(connection, parts.netloc, target, max_bytes, until)
+            if scheme == "http":
+                return _get(connection, parts.netloc, target, max_bytes, until)
+            connection.settimeout(_left(until))
+            with ssl.create_default_context().wrap_socket(connection, server_hostname=host) as secured:
+                return _get(secured, parts.netloc, target, max_bytes, until)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = "it took too long" if isinstance(error, TimeoutError) else type(error).__name__
         raise InputError("url_failed", f"the picture at {url[:128]!r} could not be fetched: {reason}") from None

@@ -34,10 +34,10 @@ FORMATS: dict[FormatName, Format] = {
 }
 
 _RANGE = re.compile(r"[\w!#$%&'*+.^`|~-]+/[\w!#$%&'*+.^`|~-]+")
-_QUALITY = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?")
+_WEIGHT = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?")
 
 
-def choose_format(accept: str | None, format: FormatName | None) -> tuple[FormatName, str]:
+def choose_format(accept: str, format: FormatName | None) -> tuple[FormatName, str]:
     """The format and the media type to answer with; for multipart, its boundary is still to be added.
 
     `format` decides where it is given, and the Accept header only between the media types of that format, if one
@@ -47,7 +47,7 @@ def choose_format(accept: str | None, format: FormatName | None) -> tuple[Format
 
     Raises InputError with code not_acceptable where the header admits none of the formats.
     """
-    ranges = _ranges(accept or "")
+    ranges = {name: weight for name, weight in weights(accept).items() if _RANGE.fullmatch(name)}
     if format is not None:
         types = FORMATS[format].media_types
         return format, max(types, key=lambda media_type: _quality(ranges, media_type))
@@ -59,15 +59,18 @@ def choose_format(accept: str | None, format: FormatName | None) -> tuple[Format
     return offers[best], best
 
 
-def _ranges(accept: str) -> dict[str, float]:
-    """Media ranges of an Accept header with their qualities, 0..1; parameters other than q are left aside."""
-    ranges: dict[str, float] = {}
-    for entry in accept.lower().split(","):
+def weights(header: str) -> dict[str, float]:
+    """The entries of a header like Accept, in lower case, with their weights, 0..1 (RFC 9110, 12.4.2).
+
+    Parameters other than q are left aside; an entry whose q cannot be read is passed over.
+    """
+    found: dict[str, float] = {}
+    for entry in header.lower().split(","):
         name, *parameters = (part.strip() for part in entry.split(";"))
-        quality = next((text.removeprefix("q=") for text in parameters if text.startswith("q=")), "1")
-        if _RANGE.fullmatch(name) and _QUALITY.fullmatch(quality):
-            ranges[name] = max(float(quality), ranges.get(name, 0.0))
-    return ranges
+        weight = next((text.removeprefix("q=") for text in parameters if text.startswith("q=")), "1")
+        if _WEIGHT.fullmatch(weight):
+            found[name] = max(float(weight), found.get(name, 0.0))
+    return found
 
 
 def _quality(ranges: dict[str, float], media_type: str) -> float:

@@ -199,7 +199,7 @@ def _opened(data: bytes, max_bytes: int, max_pixels: int) -> Iterator[Image.Imag
     try:
         file = _LimitedFile(data)
         with Image.open(file, formats=FORMATS) as image:
-            _check_pixels(image.size, max_pixels)
+            check_pixels(image.size, max_pixels)
             file.leave_header()
             yield image
     except (InputError, MemoryError):
@@ -223,7 +223,8 @@ def _damaged(name: str) -> InputError:
     return InputError("truncated", f"the {name} file is cut short or damaged and cannot be decoded completely")
 
 
-def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    """Raise InputError for (width, height) with no pixels, or with more than the limit."""
     width, height = size
     if width < 1 or height < 1:
         raise InputError("unsupported", f"the picture is {width} x {height}: it has no pixels")

@@ -19,7 +19,7 @@ from service.engine import Engine
 from service.metrics import CONTENT_TYPE, Metrics
 from service.models import Models
 
-DROWNING = 0.95  # share of the queue's limit from which on a model asks load balancers to send work elsewhere
+DROWNING = 0.95  # share of the queue's limit from which on load balancers are asked to send work elsewhere
 
 
 def not_ready(models: Models) -> list[str]:
@@ -30,8 +30,8 @@ def not_ready(models: Models) -> list[str]:
             reasons.append(f"model {served.name} is not loaded: {served.reason}")
         elif served.state != "ready":
             reasons.append(f"model {served.name} is {served.state}: {served.pipeline.device.reason}".removesuffix(": "))
-        elif served.pipeline.fullness() >= DROWNING:
-            reasons.append(f"the queue of model {served.name} is full")
+    if models.house.cost >= DROWNING * models.settings.max_queue_pixels:
+        reasons.append("the queue is full")
     return reasons
 
 

@@ -74,8 +74,21 @@ class RequestContext:
                     headers.setdefault(name, value)
             await send(message)
 
+        def hold(size: int) -> None:
+            """Count bytes of the request, as they are received, unpacked or fetched, until it is over."""
+            nonlocal held
+            if held + size > self.bytes_limit:
+                text = f"the request is larger than the {self.bytes_limit} bytes that are held at a time"
+                raise InputError("too_many_bytes", text)
+            if size and self.bytes_held + size > self.bytes_limit:
+                raise Refusal("overloaded", "too many bytes are being received at the same time", 1.0)
+            held += size
+            self.bytes_held += size
+
+        request.state.hold = hold
+
         async def receive_within_limit() -> Message:
-            nonlocal held, uploaded
+            nonlocal uploaded
             left = None if uploaded else started + self.upload_seconds - time.perf_counter()
             try:
                 async with asyncio.timeout(left):
@@ -84,14 +97,7 @@ class RequestContext:
                 text = f"the request's body was not there after {self.upload_seconds:g} s"
                 raise InputError("upload_too_slow", text) from None
             uploaded = not message.get("more_body", False)
-            size = len(message.get("body", b""))
-            if held + size > self.bytes_limit:
-                text = f"the request is larger than the {self.bytes_limit} bytes that are held at a time"
-                raise InputError("too_many_bytes", text)
-            if size and self.bytes_held + size > self.bytes_limit:
-                raise Refusal("overloaded", "too many bytes are being received at the same time", 1.0)
-            held += size
-            self.bytes_held += size
+            hold(len(message.get("body", b"")))
             return message
 
         try:

@@ -46,7 +46,7 @@ class Models:
         self.settings = settings
         self._open_engine = open_engine or _open_engine
         self.on_load: Callable[[str, Pipeline], None] = lambda name, pipeline: None
-        self._draining = False
+        self.draining = False  # see drain
         self.workers = ThreadPoolExecutor(cores.available(), thread_name_prefix="codec")
         self.encoders = ThreadPoolExecutor(cores.available(), thread_name_prefix="encoder")
         self.house = Admitted()
@@ -70,7 +70,7 @@ class Models:
     def pipeline(self, name: str | None = None) -> Pipeline:
         """The pipeline for new work. Raises InputError with code unknown_model, and Refusal where there is none now."""
         served = self.served(name)
-        if self._draining:
+        if self.draining:
             raise Refusal("draining", "the service is stopping", self.settings.grace_seconds)
         if served.pipeline is None:
             raise Refusal("unloaded", f"the model {served.name} is not loaded: {served.reason}; see /models for others")
@@ -131,12 +131,7 @@ class Models:
 
     def drain(self) -> None:
         """From now on, refuse new work; what is in flight goes on."""
-        self._draining = True
-
-    @property
-    def draining(self) -> bool:
-        """Whether `drain` was called."""
-        return self._draining
+        self.draining = True
 
     @property
     def in_flight(self) -> int:

@@ -17,6 +17,7 @@ Here are the routes; an infer request is answered in oip_infer.py, its bytes are
 import json
 import logging
 import time
+from collections import defaultdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -52,7 +53,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
     """The routes, over these models. They are not in /openapi.json: the protocol has a description of its own."""
     router = APIRouter(prefix="/v2", include_in_schema=False)
     settings = models.settings
-    statistics: dict[str, Statistics] = {}
+    statistics: defaultdict[str, Statistics] = defaultdict(Statistics)
 
     def face(name: str, version: str | None = None) -> Face:
         """A model of the protocol by name. Raises InputError with code unknown_model."""
@@ -102,12 +103,12 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
 
     @router.get("/models/stats")
     async def all_statistics() -> dict[str, Any]:
-        return {"model_stats": [statistics.setdefault(name, Statistics()).answer(name) for name in faces()]}
+        return {"model_stats": [statistics[name].answer(name) for name in faces()]}
 
     @router.get("/models/{name}/stats")
     @router.get("/models/{name}/versions/{version}/stats")
     async def model_statistics(name: str, version: str | None = None) -> dict[str, Any]:
-        return {"model_stats": [statistics.setdefault(face(name, version).name, Statistics()).answer(name)]}
+        return {"model_stats": [statistics[face(name, version).name].answer(name)]}
 
     # ---- models
 
@@ -182,11 +183,10 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
     async def infer(name: str, request: Request, version: str | None = None) -> Response:
         started = time.perf_counter()
         one = face(name, version)
-        counted = statistics.setdefault(name, Statistics())
         try:
-            return await answer_infer(one, request, models, metrics, counted, started)
+            return await answer_infer(one, request, models, metrics, statistics[name], started)
         except ServiceError:
-            counted.add_failure((time.perf_counter() - started) * 1000)
+            statistics[name].add_failure((time.perf_counter() - started) * 1000)
             raise
 
     # ---- logging, tracing, shared memory

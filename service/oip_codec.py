@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from service.errors import InputError
+from service.formats import weights
 from service.json_text import load_json
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -483,14 +484,9 @@ def accepted_encoding(accept_encoding: str) -> str | None:
 
     An uncompressed body has the weight of `identity` or `*`, or the least where the header names neither; it wins ties.
     """
-    weights: dict[str, float] = {}
-    for entry in accept_encoding.split(","):
-        name, *parameters = (part.strip().lower() for part in entry.split(";"))
-        weight = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
-        if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight):
-            weights[name] = float(weight)
-    listed = [name for name in weights if name in _WINDOW_BITS]
-    best = max(["identity", *listed, *_WINDOW_BITS], key=lambda name: weights.get(name, weights.get("*", 0.0)))
+    asked = weights(accept_encoding)
+    listed = [name for name in asked if name in _WINDOW_BITS]
+    best = max(["identity", *listed, *_WINDOW_BITS], key=lambda name: asked.get(name, asked.get("*", 0.0)))
     return None if best == "identity" else best
 
 

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 
 from service.answers import cost_headers
 from service.errors import InputError
-from service.images import read_size, reduced_size
+from service.images import check_pixels
 from service.metrics import Metrics
 from service.models import Models
 from service.oip_codec import (
@@ -59,7 +59,9 @@ async def answer_infer(
     too_long = InputError("too_many_bytes", f"the body is larger than the {limit} bytes allowed")
     body = await within(request, limit, too_long).body()
     read = partial(_read, one, body, request.headers, limit)
-    infer_request, _, read_ms = await in_pool(models.workers, read, arrived + settings.max_timeout_ms / 1000)
+    latest = arrived + settings.max_timeout_ms / 1000
+    (infer_request, unpacked), _, read_ms = await in_pool(models.workers, read, latest)
+    request.state.hold(unpacked)
     options = _options(infer_request, request.query_params.multi_items(), one, settings)
     deadline = arrived + (options.timeout_ms or settings.timeout_ms) / 1000
     pictures = _pictures(infer_request.inputs["image"], settings)
@@ -93,8 +95,10 @@ async def answer_infer(
     return _response(answer, header_length, encoding, headers)
 
 
-def _read(one: Face, body: bytes, headers: Mapping[str, str], limit: int) -> InferRequest:
-    """The body -> a request that fits the model's inputs, its picture files no longer in base64."""
+def _read(one: Face, body: bytes, headers: Mapping[str, str], limit: int) -> tuple[InferRequest, int]:
+    """The body -> a request that fits the model's inputs, its picture files no longer in base64; and the bytes that the
+    body was unpacked to, 0 where it came as it is.
+    """
     plain = inflate(body, headers.get("content-encoding", ""), limit)
     raw_input = "image" if one.encoded else None
     request = parse_infer(plain, headers.get(HEADER_LENGTH), max_json_bytes=MAX_JSON_BYTES, raw_input=raw_input)
@@ -103,7 +107,7 @@ def _read(one: Face, body: bytes, headers: Mapping[str, str], limit: int) -> Inf
     if one.encoded and not image.binary:
         for index, text in enumerate(image.array):
             image.array[index] = decode_base64(text, f"image[{index}]")
-    return request
+    return request, 0 if plain is body else len(plain)
 
 
 def _options(request: InferRequest, query: list[tuple[str, str]], one: Face, settings: Settings) -> Options:
@@ -162,12 +166,7 @@ def _pictures(image: InputTensor, settings: Settings) -> list[Any]:
         )
     if image.datatype == "UINT8":
         height, width = image.array.shape[1:3]
-        if height * width > settings.max_pixels:
-            raise InputError(
-                "too_many_pixels",
-                f"the pictures are {width} x {height} = {width * height} pixels, more than the {settings.max_pixels} "
-                "allowed",
-            )
+        check_pixels((width, height), settings.max_pixels)
     return list(image.array)
 
 
@@ -229,14 +228,12 @@ async def _check_sizes(pictures: list[bytes], pipeline: Pipeline, options: Optio
 
     Sides that are only swapped may be of one size, by the orientation in the file, and are left to `_write`.
     """
-    limits = {"max_bytes": pipeline.settings.max_bytes, "max_pixels": pipeline.settings.max_pixels}
     sizes: list[tuple[int, int]] = []
     for index, picture in enumerate(pictures):
         try:
-            stated, _, _ = await in_pool(pipeline.readers, partial(read_size, picture, **limits), deadline)
+            sizes.append(await pipeline.size(picture, options, deadline))
         except InputError as error:
             raise _named(error, index) from None
-        sizes.append(reduced_size(*stated, options.max_side))
         if sorted(sizes[index]) != sorted(sizes[0]):
             raise _sizes_differ(index, sizes[index], sizes[0])
     return sizes[0]

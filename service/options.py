@@ -119,8 +119,8 @@ def parse_options(pairs: Iterable[tuple[str, str]], settings: Settings) -> Optio
     try:
         options = Options.model_validate(given, context=settings)
     except ValidationError as error:
-        faults = error.errors(include_url=False)
-        raise InputError("invalid_option", "; ".join(_sentence(fault, given) for fault in faults)) from None
+        text = "; ".join(_sentence(fault, given) for fault in error.errors(include_url=False))
+        raise InputError("invalid_option", text) from None
     for name, text in repeated:
         if not _says_the_same(options, {**given, name: text}, settings):
             raise InputError(

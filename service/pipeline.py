@@ -160,9 +160,17 @@ class Pipeline:
             probabilities=options.format == "npz",
         )
 
+    async def size(self, data: bytes, options: Options, deadline: float) -> tuple[int, int]:
+        """Width and height to segment, before orientation. Raises InputError and Refusal.
+
+        Read on a thread, as a hostile file's header takes up to HEADER_SECONDS.
+        """
+        size, _, _ = await in_pool(self.readers, partial(read_size, data, **self._limits()), deadline)
+        return reduced_size(*size, options.max_side)
+
     async def price(self, data: bytes, options: Options, deadline: float) -> Estimate:
         """What segmenting a picture file would cost, from its header alone. Raises InputError and Refusal."""
-        return self.estimate(*await self._size(data, options, deadline), self.plan(options), options.format)
+        return self.estimate(*await self.size(data, options, deadline), self.plan(options), options.format)
 
     @asynccontextmanager
     async def segmented(
@@ -170,24 +178,21 @@ class Pipeline:
         source: bytes | np.ndarray,
         options: Options,
         *,
+        deadline: float,
         plan: Plan | None = None,
-        deadline: float | None = None,
         departed: Departure | None = None,
     ) -> AsyncIterator[Result]:
-        """Segment a picture file, or pixels uint8 (H, W, 3) RGB. The block is for `encode`: it counts as admitted.
+        """Segment a picture file, or pixels uint8 (H, W, 3) RGB. Within the block, as for `encode`, it is admitted.
 
-        `plan` is made from the options unless given. `deadline` is on the monotonic clock, by default the options'
-        `timeout_ms` from now. When `departed` is done, the caller has left and the picture is dropped.
+        `deadline` is on the monotonic clock; `plan` is made from the options unless given. When `departed` is done, the
+        caller has left and the picture is dropped.
 
         Raises InputError, Refusal, and Departed for a caller who has left.
         """
-        timeout_s = (options.timeout_ms or self.settings.timeout_ms) / 1000
-        if deadline is None:
-            deadline = time.monotonic() + timeout_s
         plan = plan or self.plan(options)
         self._refuse_if_late(0.0, deadline)  # a queue that is too long for any picture: no header need be read
         if isinstance(source, bytes):
-            width, height = await self._size(source, options, deadline)
+            width, height = await self.size(source, options, deadline)
         else:
             height, width = source.shape[:2]
         estimate = self.estimate(width, height, plan, options.format)
@@ -238,21 +243,12 @@ class Pipeline:
             if begun:
                 self.encode_times.observe(format_, result.segmentation.mask.size, time.monotonic() - begun[0])
 
-    def fullness(self) -> float:
-        """Share of the admission limit that is taken, 0..1 and above where one large picture is in."""
-        return self.house.cost / self.settings.max_queue_pixels
-
     def close(self) -> None:
         """Stop the device; what still waits fails with 503."""
         self.device.close()
 
     def _limits(self) -> dict[str, int]:
         return {"max_bytes": self.settings.max_bytes, "max_pixels": self.settings.max_pixels}
-
-    async def _size(self, data: bytes, options: Options, deadline: float) -> tuple[int, int]:
-        """Width and height to segment. Read in the pool, as a hostile file has a header that takes seconds."""
-        size, _, _ = await in_pool(self.readers, partial(read_size, data, **self._limits()), deadline)
-        return reduced_size(*size, options.max_side)
 
     def _admit(self, estimate: Estimate, deadline: float) -> Place:
         """Let a request in, or raise Refusal: over the cost limit, or with no chance to be in time.
@@ -326,20 +322,25 @@ async def in_pool(
     left; Refusal also where memory runs out.
     """
     asked = time.perf_counter()
+    task = [work]
 
     def timed() -> tuple[T, float, float]:
         begun = time.perf_counter()
         if time.monotonic() > deadline:
             raise _too_late()
         try:
-            result = work()
+            result = task.pop()()
         except MemoryError:
             raise Refusal("overloaded", "there is no memory for this picture now", 1.0) from None
         return result, (begun - asked) * 1000, (time.perf_counter() - begun) * 1000
 
     running = asyncio.get_running_loop().run_in_executor(workers, timed)
-    await first_of(running, deadline, departed)
-    return running.result()
+    try:
+        await first_of(running, deadline, departed)
+        return running.result()
+    finally:
+        task.clear()  # which the pool's queue holds, if nobody waits any more, until a thread comes to it
+        del running  # its error holds this frame: in a circle, the picture would stay until Python looks for garbage
 
 
 async def first_of(work: "asyncio.Future[Any]", deadline: float, departed: Departure | None) -> None:

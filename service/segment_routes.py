@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -48,7 +48,8 @@ from service.waiting import Siblings, departure
 
 BATCH_FORMATS: tuple[FormatName, ...] = ("json", "rle")
 
-T = TypeVar("T")
+Encoded = bytes | PngMask | RleMask | tuple[AttachedMask, bytes]
+"""The whole body for the formats that are files; for those in JSON its mask, and what is attached to it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["segmentation"])
     settings = models.settings
 
-    async def fetched(upload: Upload, deadline: float) -> bytes:
+    async def fetched(request: Request, upload: Upload, deadline: float) -> bytes:
         """The picture's bytes, wherever they are. Raises InputError where URLs are switched off or lead nowhere."""
         if upload.url is None:
             return upload.picture
@@ -82,7 +83,9 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
             )
         timeout_s = settings.url_timeout_ms / 1000
         work = partial(fetch, upload.url, max_bytes=settings.max_bytes, timeout_s=timeout_s)
-        return (await in_pool(None, work, deadline))[0]
+        picture, _, _ = await in_pool(None, work, deadline)
+        request.state.hold(len(picture))
+        return picture
 
     @router.post(
         "/segment",
@@ -99,7 +102,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         format_, media_type = choose_format(", ".join(request.headers.getlist("accept")), options.format)
         options = options.model_copy(update={"format": format_})
         deadline = time.monotonic() + (options.timeout_ms or settings.timeout_ms) / 1000
-        picture = await fetched(upload, deadline)
+        picture = await fetched(request, upload, deadline)
         with models.hold(options.model) as pipeline:
             if options.dry_run:
                 return _prediction(pipeline, await pipeline.price(picture, options, deadline))
@@ -107,9 +110,12 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
                 departure(request) as departed,
                 pipeline.segmented(picture, options, deadline=deadline, departed=departed) as result,
             ):
-                encode = partial(_encoded, request, format_=format_, media_type=media_type)
-                encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
-                answer = await pipeline.encode(result, format_, encoding, deadline, departed)
+
+                def write(abandoned: Callable[[], bool]) -> tuple[Labelled, Encoded]:
+                    labelled = _labelled(pipeline, result, options)
+                    return labelled, _encoded(request, labelled, format_, media_type, abandoned)
+
+                answer = await pipeline.encode(result, format_, write, deadline, departed)
         (labelled, encoded), waited, encode_ms = answer
         timings = _timings(result, waited, encode_ms, started, metrics)
         headers = cost_headers(result.work.cost, result.predicted_ms, timings.model_dump()) | {"Vary": "Accept"}
@@ -150,11 +156,12 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
             async def answered() -> tuple[Result, tuple[tuple[Labelled, PngMask | RleMask], float, float]]:
                 segmented = pipeline.segmented(upload.picture, options, deadline=deadline, departed=departed)
                 async with segmented as result:
-                    encoding = partial(_labelled_and_encoded, pipeline, result, options, encode)
-                    return result, await pipeline.encode(result, format_, encoding, deadline, departed)
 
-            def encode(labelled: Labelled, abandoned: Callable[[], bool]) -> PngMask | RleMask:
-                return _mask_part(labelled, format_)
+                    def write(abandoned: Callable[[], bool]) -> tuple[Labelled, PngMask | RleMask]:
+                        labelled = _labelled(pipeline, result, options)
+                        return labelled, _mask_part(labelled, format_)
+
+                    return result, await pipeline.encode(result, format_, write, deadline, departed)
 
             async with siblings.turns:
                 started = time.perf_counter()
@@ -197,18 +204,6 @@ def _labelled(pipeline: Pipeline, result: Result, options: Options) -> Labelled:
     return Labelled(result, engine, only_classes(mask, ids), rows)
 
 
-def _labelled_and_encoded(
-    pipeline: Pipeline,
-    result: Result,
-    options: Options,
-    encode: Callable[[Labelled, Callable[[], bool]], T],
-    abandoned: Callable[[], bool],
-) -> tuple[Labelled, T]:
-    """What takes time after the model has run; for the pool, not for the event loop."""
-    labelled = _labelled(pipeline, result, options)
-    return labelled, encode(labelled, abandoned)
-
-
 def _mask_part(labelled: Labelled, format_: FormatName) -> PngMask | RleMask:
     """The `mask` of an answer in JSON alone."""
     height, width = labelled.mask.shape
@@ -218,11 +213,9 @@ def _mask_part(labelled: Labelled, format_: FormatName) -> PngMask | RleMask:
 
 
 def _encoded(
-    request: Request, labelled: Labelled, abandoned: Callable[[], bool], format_: FormatName, media_type: str
-) -> bytes | PngMask | RleMask | tuple[AttachedMask, bytes]:
-    """The whole body for the formats that are files; for those in JSON the part that takes the time, and what is
-    attached to it.
-    """
+    request: Request, labelled: Labelled, format_: FormatName, media_type: str, abandoned: Callable[[], bool]
+) -> Encoded:
+    """What takes time after the model has run; for the pool, not for the event loop."""
     metadata, segmentation = labelled.engine.metadata, labelled.result.segmentation
     if format_ == "png":
         return labelled.png()

@@ -72,4 +72,4 @@ def _wait(child: "subprocess.Popen[bytes]") -> int:
 
 
 def _end_of(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+    return f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"

@@ -2,16 +2,32 @@
 
 const SLOT = "encnet-key";
 
-export const keyHeader = () => {
-  const key = sessionStorage.getItem(SLOT);
-  return key ? { Authorization: `Bearer ${key}` } : {};
-};
+let key = stored();
+
+function stored() {
+  try {
+    return sessionStorage.getItem(SLOT);
+  } catch {
+    return null; // browsers can be set to store nothing: then the key is this page's alone
+  }
+}
+
+function keep(given) {
+  key = given;
+  try {
+    sessionStorage.setItem(SLOT, key);
+  } catch {
+    // as above
+  }
+}
+
+export const keyHeader = () => (key ? { Authorization: `Bearer ${key}` } : {});
 
 /** Ask the person for the key; settles once there is one (true) or the question was sent away (false). */
 export function askForKey() {
   const dialog = document.getElementById("lock");
   const field = document.getElementById("key");
-  document.getElementById("wrong-key").hidden = sessionStorage.getItem(SLOT) === null;
+  document.getElementById("wrong-key").hidden = key === null;
   field.value = "";
   dialog.returnValue = "";
   dialog.showModal();
@@ -20,7 +36,7 @@ export function askForKey() {
       "close",
       () => {
         if (dialog.returnValue === "given") {
-          sessionStorage.setItem(SLOT, field.value.trim());
+          keep(field.value.trim());
         }
         settle(dialog.returnValue === "given");
       },

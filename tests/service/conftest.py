@@ -55,6 +55,14 @@ def settings(model_file: Path) -> Settings:
 
 
 @pytest.fixture
+def at_the_command_line(monkeypatch: pytest.MonkeyPatch, model_file: Path, tmp_path: Path) -> None:
+    """Commands are given in an empty folder, and use the tiny model on one core."""
+    for name, value in (("MODEL", str(model_file)), ("DEVICE", "cpu"), ("THREADS", "1")):
+        monkeypatch.setenv(f"ENCNET_{name}", value)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What is logged, each record with its request id as in the service's own log."""
     with caplog.filtering(logs.WithRequestId()):

@@ -1,8 +1,9 @@
-"""Real servers on real sockets for the tests of those that speak to one, and real processes."""
+"""Real servers on real sockets for the tests of those that speak to one, real processes, and the wait for both."""
 
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -79,6 +80,14 @@ def scripted(answer: Callable[[int], Answer | None], port: int = 0) -> Iterator[
         finally:
             server.shutdown()
             thread.join()
+
+
+def until(condition: Callable[[], object], seconds: float = 90) -> None:
+    """Wait until it holds; so long only that a busy machine does not fail a test."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def heed_ctrl_c() -> None:

@@ -2,19 +2,23 @@
 
 import asyncio
 import base64
+import gc
 import socket
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from live import serving
+from live import serving, until
 from starlette.testclient import TestClient
 from tiny_model import encoded
 
@@ -26,7 +30,7 @@ from service.engine import Engine
 from service.errors import Departed, InputError, Refusal
 from service.models import Models
 from service.options import Options
-from service.pipeline import Admitted, Pipeline, Result
+from service.pipeline import Admitted, Pipeline, Result, in_pool
 from service.settings import Settings
 
 WAIT = 60
@@ -42,11 +46,11 @@ class Gated(Engine):
         super().__init__(model, "cpu", 1)
         self.gate = gate
 
-    def run(self, images: Any, plan: Any, options: Any = None) -> Any:
+    def run(self, images: Any, plan: Any, *more: Any) -> Any:
         if plan.scales == (1.0,):
             self.runs += 1
             assert self.gate.wait(WAIT)
-        return super().run(images, plan, options)
+        return super().run(images, plan, *more)
 
 
 @pytest.fixture
@@ -90,7 +94,8 @@ def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 
 async def segment(pipeline: Pipeline, source: Any, options: Options, **more: Any) -> Result:
-    async with pipeline.segmented(source, options, **more) as result:
+    deadline = time.monotonic() + (options.timeout_ms or pipeline.settings.timeout_ms) / 1000
+    async with pipeline.segmented(source, options, deadline=deadline, **more) as result:
         return result
 
 
@@ -433,6 +438,58 @@ def test_a_departed_clients_picture_is_not_run(pipeline: Callable[..., Pipeline]
     run(main)
 
 
+def test_what_a_refused_picture_held_is_let_go_at_once() -> None:
+    """Not only when Python looks for garbage, which it does by the number of objects and not by their size."""
+
+    async def main() -> None:
+        class Picture: ...
+
+        def refuse(picture: Picture) -> None:
+            raise InputError("truncated", "cut short")
+
+        async def refused() -> weakref.ref[Picture]:
+            picture = Picture()
+            with suppress(InputError):
+                await in_pool(workers, partial(refuse, picture), time.monotonic() + WAIT)
+            return weakref.ref(picture)
+
+        picture = await refused()
+        while picture():  # a moment, until the worker has put its task away
+            await asyncio.sleep(0.005)
+
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(1) as workers:
+            run(main)
+    finally:
+        gc.enable()
+
+
+def test_what_waits_for_a_thread_is_let_go_when_its_caller_has_left() -> None:
+    """Not only when a thread comes to it: who comes and goes while all are busy would otherwise fill the memory."""
+
+    async def main() -> None:
+        class Picture: ...
+
+        async def left() -> weakref.ref[Picture]:
+            picture = Picture()
+            departed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            departed.set_result(None)
+            with suppress(Departed):
+                await in_pool(workers, partial(repr, picture), time.monotonic() + WAIT, departed)
+            return weakref.ref(picture)
+
+        assert (await left())() is None
+
+    go_on = threading.Event()
+    with ThreadPoolExecutor(1) as workers:
+        workers.submit(go_on.wait, WAIT)
+        try:
+            run(main)
+        finally:
+            go_on.set()
+
+
 def test_a_bad_picture_is_told_before_it_is_queued(pipeline: Callable[..., Pipeline], gate: Any) -> None:
     async def main() -> None:
         served = pipeline()
@@ -660,10 +717,3 @@ def test_a_picture_that_memory_has_no_room_for_is_429(client: TestClient, monkey
     refused = client.post("/segment", content=encoded(GREY))
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
     assert refused.headers["retry-after"] == "1"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)

@@ -26,14 +26,7 @@ from service.folders import Found, find_pictures, output_names
 from service.record import Record, open_record
 
 ROOT = Path(service.__file__).parents[1]
-MODEL_VARIABLES = ("ENCNET_MODEL", "ENCNET_DEVICE", "ENCNET_THREADS")
-
-
-@pytest.fixture(autouse=True)
-def _small_machine(monkeypatch: pytest.MonkeyPatch, model_file: Path, tmp_path: Path) -> None:
-    for name, value in zip(MODEL_VARIABLES, (str(model_file), "cpu", "1"), strict=True):
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("at_the_command_line")
 
 
 def segment(*arguments: object) -> Result:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from tiny_model import encoded
 from typer.testing import CliRunner, Result
 
 from service.app import create_app
-from service.bench import Level, measure, read_target
+from service.bench import BenchError, Level, measure, read_target
 from service.cli import cli
 from service.settings import Settings
 
@@ -195,6 +196,29 @@ def test_nobody_there_is_a_sentence() -> None:
     assert result.exit_code == 1
     assert f"no server answers at {url.removeprefix('http://')}: connection refused" in result.stderr
     assert "python -m service serve" in result.stderr
+
+
+def test_more_clients_than_the_machine_has_threads_for_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with scripted(lambda number: (200, {}, b"mask")) as server:
+        target = read_target(server.url, {}, {}, 30)
+        monkeypatch.setattr(threading.Thread, "start", full)
+        with pytest.raises(BenchError, match="room for 0 clients, not for 3; ask for fewer"):
+            measure(target, [b"p"], 3, 0.1, lambda _: None)
+        monkeypatch.undo()
+
+
+def test_the_soft_limit_of_descriptors_does_not_bound_the_clients() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 40, hard))
+    try:
+        with scripted(lambda number: (200, {}, b"mask")) as server:
+            result = run("bench", server.url, "--concurrency", "60", "--duration", "0.5")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "OSError" not in result.stdout
 
 
 def test_a_refused_picture_is_a_sentence(settings: Settings) -> None:

@@ -13,14 +13,7 @@ from typer.testing import CliRunner, Result
 from service.cli import cli
 from service.engine import Engine
 
-MODEL_VARIABLES = ("ENCNET_MODEL", "ENCNET_DEVICE", "ENCNET_THREADS")
-
-
-@pytest.fixture(autouse=True)
-def _small_machine(monkeypatch: pytest.MonkeyPatch, model_file: Path, tmp_path: Path) -> None:
-    for name, value in zip(MODEL_VARIABLES, (str(model_file), "cpu", "1"), strict=True):
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("at_the_command_line")
 
 
 def run(*arguments: object) -> Result:

@@ -17,10 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import live
 import numpy as np
 import pytest
 from ray_nodes import Nodes, free_port, kill, nodes
@@ -55,6 +57,7 @@ from service.cluster import (
 
 ROOT = Path(service.__file__).parents[1]
 WAIT = 240
+until = partial(live.until, seconds=WAIT)
 
 
 def command(*arguments: object) -> list[str]:
@@ -70,13 +73,6 @@ def run(*arguments: object, **changes: str) -> "subprocess.CompletedProcess[str]
     return subprocess.run(
         command(*arguments), cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=WAIT
     )
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 # ---- one cluster for all: a head with a proxy and no room, two nodes with room for a replica each

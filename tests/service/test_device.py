@@ -1,5 +1,7 @@
 """Promise: a run that fails, a device that dies and a run that hangs fail exactly their own pictures, at once."""
 
+import logging
+import sys
 import threading
 import time
 import weakref
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from live import until
 
 from service import logs
 from service.device import RESTARTS, Device, Job
@@ -41,14 +44,10 @@ class Moody(Engine):
         self.stuck = threading.Event()  # set once a picture of the shape STUCK is being run, until come_back
         self.come_back = threading.Event()
 
-    def run(self, images: Any, plan: Any, options: Any = None) -> Any:
+    def run(self, images: Any, plan: Any, options: Any = None, beside: bool = False) -> Any:
+        self.beside += beside and plan.scales == (1.0,)
         self.meet(images, plan)
-        return super().run(images, plan, options)
-
-    def run_beside(self, images: Any, plan: Any, options: Any = None) -> Any:
-        self.beside += plan.scales == (1.0,)
-        self.meet(images, plan)
-        return super().run_beside(images, plan, options)
+        return super().run(images, plan, options, beside)
 
     def meet(self, images: Any, plan: Any) -> None:
         if self.broken:
@@ -109,13 +108,6 @@ def held(served: Device, engine: Moody) -> "Future[Any]":
     picture = submit(served)
     assert engine.entered.wait(WAIT)
     return picture
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_a_picture_is_let_go_when_its_run_is_over(device: Callable[..., Device]) -> None:
@@ -180,6 +172,27 @@ def test_in_a_shared_run_only_the_picture_at_fault_fails(
     said = [(record.message, record.request_id) for record in log.records]  # type: ignore[attr-defined]
     assert said == [("a run failed: together", "one,two"), ("a run failed: alone", "one")]
     assert served.state == "ready"
+
+
+def test_of_a_shared_run_that_failed_those_whose_callers_have_left_are_not_run_again(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(max_batch=4)
+    first = held(served, engines[0])
+    plan = engines[0].plan()
+    picture = np.full((*STUCK, 3), 128, np.uint8)
+    left, kept = (Job(picture, plan, engines[0].work(*STUCK, plan), float("inf")) for _ in range(2))
+    served.submit(left)
+    served.submit(kept)
+    engines[0].failures = [None, RuntimeError("together")]
+    engines[0].go_on.set()
+    first.result(WAIT)
+    assert engines[0].stuck.wait(WAIT)
+    served.abandon(left)
+    engines[0].come_back.set()
+    assert kept.done.result(WAIT)[0].batch == 1
+    assert isinstance(left.done.exception(WAIT), Refusal)
+    assert engines[0].runs == [1, 2, 1]
 
 
 def test_a_device_that_dies_over_a_shared_run_fails_all_that_is_left_of_it(
@@ -296,6 +309,30 @@ def test_a_run_does_not_hang_before_ten_times_its_prediction(
     assert (len(engines), served.state) == (1, "ready")
 
 
+def test_an_engine_that_died_is_let_go(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its session and, on a GPU, its memory there: beside the fresh engine there may be no room for it."""
+    monkeypatch.setattr(logging.getLogger("service.device"), "disabled", True)  # pytest keeps the tracebacks it is told
+
+    class Mortal(Moody):
+        def meet(self, images: Any, plan: Any) -> None:
+            if plan.scales == (1.0,) and len(engines) == 1:
+                sys.exit()
+
+    engines: list[weakref.ref[Engine]] = []
+
+    def load() -> Engine:
+        engine = Mortal(model_file, 1)
+        engines.append(weakref.ref(engine))
+        return engine
+
+    served = Device(load)
+    served.wait_until_started()
+    assert submit(served).exception(WAIT) is not None
+    until(lambda: len(engines) == 2 and served.state == "ready")
+    until(lambda: engines[0]() is None)
+    served.close()
+
+
 def test_a_device_that_keeps_dying_is_given_up(device: Callable[..., Device], engines: list[Moody]) -> None:
     served = device()
     for attempt in range(RESTARTS + 1):
@@ -350,6 +387,23 @@ def test_a_picture_whose_caller_has_left_is_dropped(device: Callable[..., Device
     running.result(WAIT)
     stays.result(WAIT)
     assert len(engines[0].runs) == 2
+
+
+def test_a_picture_whose_caller_has_left_is_let_go_while_others_run(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    """Who comes and goes while a run takes long would otherwise fill the memory, no longer counted as let in."""
+    served = device()
+    running = held(served, engines[0])
+    plan = engines[0].plan()
+    job = Job(GREY.copy(), plan, engines[0].work(8, 8, plan), float("inf"))
+    picture = weakref.ref(job.image)
+    served.submit(job)
+    served.abandon(job)
+    del job
+    assert picture() is None
+    engines[0].go_on.set()
+    running.result(WAIT)
 
 
 def test_a_shared_run_leaves_out_whose_caller_has_left_and_who_is_too_late(

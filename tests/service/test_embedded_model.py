@@ -54,7 +54,7 @@ def test_a_lane_gives_the_same_bits_as_all_threads() -> None:
     engine = Engine(EMBEDDED_MODEL, device="cpu", threads=2, lanes=2)
     pixels = decode(STREET.read_bytes(), max_bytes=1 << 30, max_pixels=1 << 27).pixels
     plan = engine.plan((0.5,), True, probabilities=True)
-    (alone,), (beside,) = engine.run([pixels], plan), engine.run_beside([pixels], plan)
+    (alone,), (beside,) = engine.run([pixels], plan), engine.run([pixels], plan, beside=True)
     np.testing.assert_array_equal(beside.mask, alone.mask)
     np.testing.assert_array_equal(beside.presence, alone.presence)
     np.testing.assert_array_equal(beside.probabilities, alone.probabilities)

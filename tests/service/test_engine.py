@@ -108,7 +108,7 @@ def test_a_lane_gives_the_same_bits_as_all_threads(model_file: Path, quadrants: 
     assert engine.lanes == 2
     for options in ({}, {"window": 16, "probabilities": True}):
         plan = engine.plan((0.5, 1.0), True, **options)
-        (alone,), (beside,) = engine.run([quadrants], plan), engine.run_beside([quadrants], plan)
+        (alone,), (beside,) = engine.run([quadrants], plan), engine.run([quadrants], plan, beside=True)
         np.testing.assert_array_equal(beside.mask, alone.mask)
         np.testing.assert_array_equal(beside.presence, alone.presence)
 

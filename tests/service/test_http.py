@@ -444,14 +444,14 @@ def test_inference_does_not_block_the_event_loop(client_with: Callable[..., Test
     begun, go_on, running, most = threading.Event(), threading.Event(), [], []
 
     class Slow(Engine):
-        def run(self, images: Any, plan: Any, options: Any = None) -> Any:
+        def run(self, images: Any, plan: Any, *more: Any) -> Any:
             if plan.scales == (1.0,):  # not the warm-up
                 running.append(1)
                 most.append(len(running))
                 begun.set()
                 assert go_on.wait(60)
                 running.pop()
-            return super().run(images, plan, options)
+            return super().run(images, plan, *more)
 
     with client_with(lambda path, settings: Slow(path, "cpu")) as client, ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(client.post, "/segment", content=png) for _ in range(3)]

@@ -591,6 +591,21 @@ def test_bodies_beyond_the_limit_are_413(address: str) -> None:
     assert response.status_code == 413
 
 
+def test_what_a_body_is_unpacked_to_counts_as_held(client_with: Callable[..., TestClient]) -> None:
+    """Else small bodies, which wait with all that is in them, would fill the memory."""
+    pixels = bytes(3 * 100 * 100)
+    image = {"name": "image", "datatype": "UINT8", "shape": [1, 100, 100, 3]}
+    head = json.dumps({"inputs": [{**image, "parameters": {"binary_data_size": len(pixels)}}]}).encode()
+    plain = head + pixels
+    packed = gzip.compress(plain)
+    headers = {"Content-Encoding": "gzip", "Inference-Header-Content-Length": str(len(head))}
+    for room, status in ((len(packed) + len(plain), 200), (len(packed) + len(plain) - 1, 413)):
+        client = client_with(max_buffered_bytes=room)
+        for _ in range(2):  # what is held is given back
+            answer = client.post("/v2/models/tiny/infer", content=packed, headers=headers)
+            assert answer.status_code == status, answer.content
+
+
 def test_pixels_may_have_more_bytes_than_a_file(client_with: Callable[..., TestClient]) -> None:
     client = client_with(max_bytes=1_000, max_pixels=100_000)
     name = client.app.state.models.default

@@ -71,6 +71,19 @@ def test_draining_is_not_ready_but_alive_and_refuses_work(client: TestClient, pn
     assert int(refused.headers["retry-after"]) >= 1
 
 
+def test_a_full_queue_is_not_ready_whichever_models_fill_it(
+    client_with: Callable[..., TestClient], other_model: Path
+) -> None:
+    client = client_with(models={"other": other_model})
+    models = client.app.state.models  # type: ignore[attr-defined]
+    models.house.cost = models.settings.max_queue_pixels
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json()["reasons"]) == (503, ["the queue is full"])
+    assert client.get("/livez").status_code == 200
+    models.house.cost = models.settings.max_queue_pixels // 2
+    assert client.get("/readyz").status_code == 200
+
+
 def test_a_model_that_cannot_come_back_is_neither_ready_nor_alive(client: TestClient, png: bytes) -> None:
     served = client.app.state.models.served()  # type: ignore[attr-defined]
     served.pipeline.device.state = "failed"

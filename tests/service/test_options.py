@@ -1,5 +1,8 @@
 """Promise: an option is understood, or refused with a sentence that says what would be."""
 
+import gc
+import weakref
+
 import pytest
 
 from service.errors import InputError
@@ -128,6 +131,27 @@ def test_classes_without_a_name_are_refused(text: str) -> None:
     error = refusal(("classes", text))
     assert error.code == "invalid_option"
     assert "names or ids of classes separated by commas" in error.message
+
+
+@pytest.mark.parametrize(("name", "text"), [("scales", "0"), ("classes", ","), ("window", "3")])
+def test_a_request_whose_option_was_refused_is_let_go_at_once(name: str, text: str) -> None:
+    """Not only when Python looks for garbage: its frame has the picture."""
+
+    class Picture: ...
+
+    def refused() -> weakref.ref[Picture]:
+        picture = Picture()
+        try:
+            parse((name, text))
+        except InputError:
+            return weakref.ref(picture)
+        raise AssertionError("it was not refused")
+
+    gc.disable()
+    try:
+        assert refused()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_long_value_is_not_echoed_whole() -> None:

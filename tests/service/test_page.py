@@ -699,6 +699,26 @@ def test_a_page_that_cannot_start_says_so_and_can_be_tried_again(browser: Browse
         server.stop()
 
 
+def test_the_key_is_kept_for_the_page_where_the_browser_stores_nothing(
+    browser: Browser, model_file: Path, scene_file: Path
+) -> None:
+    """As one does that is set to take no cookies."""
+    refusing = "Object.defineProperty(window, 'sessionStorage', {get() { throw new DOMException('', 'Security'); }})"
+    added = browser.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refusing})
+    server = Server(model_file, ENCNET_API_KEYS="opens")
+    try:
+        browser.driver.get(server.url)
+        browser.until("document.getElementById('lock').open")
+        browser.find("#key").send_keys("opens\ue007")
+        browser.until("document.body.classList.contains('ready')")
+        browser.segment(scene_file)
+        assert browser.text("#summary") == "4 of 4 classes are present."
+        browser.driver.get_log("browser")
+    finally:
+        server.stop()
+        browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
 def test_a_service_with_keys_is_asked_for_one(browser: Browser, model_file: Path, scene_file: Path) -> None:
     server = Server(model_file, ENCNET_API_KEYS="opens")
     try:

@@ -449,6 +449,25 @@ def test_a_picture_is_fetched(host: str, quadrants: np.ndarray) -> None:
     assert refused.value.code == "too_many_bytes"
 
 
+def test_over_https_the_hosts_name_is_checked_and_the_connection_closed(
+    host: str, quadrants: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secured: list[tuple[socket.socket, str]] = []
+
+    class Context:
+        """Takes over a connection as ssl's own does, but leaves the encryption out."""
+
+        def wrap_socket(self, plain: socket.socket, server_hostname: str) -> socket.socket:
+            secured.append((socket.socket(fileno=plain.detach()), server_hostname))
+            return secured[-1][0]
+
+    monkeypatch.setattr("ssl.create_default_context", Context)
+    Host.picture = encoded(quadrants)
+    assert local(f"{host.replace('http', 'https')}/picture?a=1") == Host.picture
+    ((connection, name),) = secured
+    assert (connection.fileno(), name) == (-1, "pictures.example")
+
+
 @pytest.mark.parametrize(
     ("path", "code", "part"),
     [
@@ -581,3 +600,16 @@ def test_a_service_that_allows_urls_still_refuses_its_own_network(
     answer = client.post("/segment", json={"image": {"url": f"http://127.0.0.1:{port}/picture?a=1"}})
     assert answer.status_code == 422
     assert answer.json()["error"]["code"] == "url_refused"
+
+
+def test_a_picture_by_url_is_segmented_and_its_bytes_count_as_held(
+    client_with: Callable[..., TestClient], quadrants: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = encoded(quadrants)
+    monkeypatch.setattr("service.segment_routes.fetch", lambda url, **limits: picture)
+    body = {"image": {"url": "https://pictures.example/picture"}}
+    client = client_with(allow_urls=True)
+    direct = client.post("/segment", content=picture).json()
+    assert client.post("/segment", json=body).json()["mask"] == direct["mask"]
+    refused = client_with(allow_urls=True, max_buffered_bytes=len(picture)).post("/segment", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "too_many_bytes")

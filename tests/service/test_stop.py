@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from live import heed_ctrl_c
+from live import heed_ctrl_c, until
 from tiny_model import encoded
 
 import service
@@ -77,13 +77,6 @@ def serve(model_file: Path) -> Iterator[Serve]:
             process.kill()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def queued(url: str) -> int:
     found = re.search(r"encnet_queue_requests\{.*\} (\d+)", httpx.get(f"{url}/metrics", timeout=WAIT).text)
     return int(found[1]) if found else 0
@@ -129,7 +122,7 @@ from service.engine import Engine
 from service.settings import Settings
 
 def ready(models):
-    Engine.run = Engine.run_beside = lambda *arguments: time.sleep(600)
+    Engine.run = lambda *arguments: time.sleep(600)
     print(f"listens on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
 
 settings = Settings(model=sys.argv[1], device="cpu", threads=1, port=0, grace_seconds=0.2)
@@ -278,16 +271,25 @@ def test_a_supervisor_does_not_insist_on_a_model_that_cannot_be_loaded(tmp_path:
     assert done.stderr.count("does not exist") == 1
 
 
-def test_a_supervisor_gives_up_on_a_server_that_dies_at_once() -> None:
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ("os._exit(9)", "exit code 9"),
+        ("os.kill(os.getpid(), 9)", "signal 9"),
+        ("os.kill(os.getpid(), 35)", "signal 35"),
+    ],
+)
+def test_a_supervisor_gives_up_on_a_server_that_dies_at_once(end: str, told: str) -> None:
     script = (
         "import socket, sys\n"
         "from service.supervisor import supervise\n"
-        "sys.exit(supervise([sys.executable, '-c', 'import os; print(\"born\", flush=True); os._exit(9)'], "
+        f"sys.exit(supervise([sys.executable, '-c', 'import os; print(\"born\", flush=True); {end}'], "
         "socket.create_server(('127.0.0.1', 0))))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 1
     assert done.stdout.count("born") == QUICK_DEATHS
+    assert f"died {QUICK_DEATHS} times in a row ({told}" in done.stderr
 
 
 def started(*words: str) -> "subprocess.Popen[str]":
