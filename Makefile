@@ -1,8 +1,8 @@
 # The verbs a person types. Needs make, Python 3.11+ with venv, and (for training and tests) nothing else.
 
 PYTHON ?= python3
-PORT ?= 8000
-HOST ?= 127.0.0.1
+PORT ?=
+HOST ?=
 MODEL ?=
 CUDA ?=
 # Installed only where no torch is importable; a range would take the registry's newest build.
@@ -23,7 +23,7 @@ help: ## show this list
 
 serve: .venv-serve/ready ## set up and serve the embedded model on http://127.0.0.1:8000 (PORT=, HOST=, MODEL=file.onnx)
 	@$(SERVE_PYTHON) model/kernels/build.py --quiet
-	@exec $(SERVE_PYTHON) -m service serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
+	@exec $(SERVE_PYTHON) -m service serve $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
 
 # One thread a process: two processes of two threads each would wait for each other's at every step of a network.
 test: setup lint ## set up and run lint, types and the whole test suite

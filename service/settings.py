@@ -1,8 +1,12 @@
 """Everything that can be set about a running service, each from an ENCNET_ environment variable or a file."""
 
+import difflib
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dotenv import dotenv_values
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -10,6 +14,9 @@ EMBEDDED_MODEL = Path(__file__).parent / "models" / "camvid.onnx"
 
 ENCODED = "_encoded"  # ends the name under which the Open Inference Protocol's face takes picture files
 _STATISTICS = "stats"  # of all models, under /v2/models where else a model's name stands
+_PREFIX, _FILE = "ENCNET_", "encnet.env"
+_OTHER_VARIABLES = {"ENCNET_KERNELS", "ENCNET_INSTRUCTIONS"}  # read before there are settings, by the kernels
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_\w+)?$|_PORT(_\d+_\w+)?$")  # what Kubernetes sets for a Service
 PILLOW_PIXEL_GUARD = 178_956_970  # Pillow refuses larger pictures by itself, as decompression bombs
 
 
@@ -26,9 +33,7 @@ class Settings(BaseSettings):
     Raises pydantic.ValidationError for a value out of range.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="ENCNET_", env_file="encnet.env", env_ignore_empty=True, extra="ignore"
-    )
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_file=_FILE, env_ignore_empty=True, extra="ignore")
 
     model: Path = Field(default=EMBEDDED_MODEL, description="The .onnx file to serve.")
     models: Annotated[dict[str, Path], NoDecode] = Field(
@@ -152,6 +157,28 @@ class Settings(BaseSettings):
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError(f"timeout_ms {self.timeout_ms} is above max_timeout_ms {self.max_timeout_ms}")
         return self
+
+
+def ignored_names() -> list[str]:
+    """A sentence about each name, in the environment or in the settings file, that looks like a setting and is none.
+
+    A key under a misspelt name would leave the service open to everyone, and nobody would see it.
+    """
+    known = [f"{_PREFIX}{name.upper()}" for name in Settings.model_fields]
+    found = {name.upper(): "" for name in os.environ if name.upper().startswith(_PREFIX)}
+    found = {name: "" for name in found if name not in _OTHER_VARIABLES and not _SERVICE_LINK.search(name)}
+    if Path(_FILE).is_file():
+        found |= {name.upper(): f" in {_FILE}" for name in dotenv_values(_FILE)}
+    sentences = []
+    for name in sorted(found.keys() - set(known)):
+        if name in _OTHER_VARIABLES:
+            sentences.append(f"{name}{found[name]} is ignored: it is read from the environment alone")
+            continue
+        full = name if name.startswith(_PREFIX) else _PREFIX + name
+        close = difflib.get_close_matches(full, known, n=1, cutoff=0.8)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        sentences.append(f"{name}{found[name]} is no setting, and is ignored{hint}")
+    return sentences
 
 
 def settings_table() -> list[tuple[str, str, str]]:
