@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from dotenv import dotenv_values
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "camvid.onnx"
 
@@ -183,8 +182,7 @@ def ignored_names() -> list[str]:
     known = [f"{_PREFIX}{name.upper()}" for name in Settings.model_fields]
     found = {name.upper(): "" for name in os.environ if name.upper().startswith(_PREFIX)}
     found = {name: "" for name in found if name not in _OTHER_VARIABLES and not _SERVICE_LINK.search(name)}
-    if Path(_FILE).is_file():
-        found |= {name.upper(): f" in {_FILE}" for name in dotenv_values(_FILE)}
+    found |= {name.upper(): f" in {_FILE}" for name in DotEnvSettingsSource(Settings).env_vars}
     sentences = []
     for name in sorted(found.keys() - set(known)):
         if name in _OTHER_VARIABLES:
