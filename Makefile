@@ -1,8 +1,8 @@
 # The verbs a person types. Needs make, Python 3.11+ with venv, and (for training and tests) nothing else.
 
 PYTHON ?= python3
-PORT ?= 8000
-HOST ?= 127.0.0.1
+PORT ?=
+HOST ?=
 MODEL ?=
 CUDA ?=
 # Installed only where no torch is importable; a range would take the registry's newest build.
@@ -23,7 +23,7 @@ help: ## show this list
 
 serve: .venv-serve/ready ## set up and serve the embedded model on http://127.0.0.1:8000 (PORT=, HOST=, MODEL=file.onnx)
 	@$(SERVE_PYTHON) model/kernels/build.py --quiet
-	@exec $(SERVE_PYTHON) -m service serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
+	@exec $(SERVE_PYTHON) -m service serve $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
 
 # One thread a process: two processes of two threads each would wait for each other's at every step of a network. Files in
 # their own order: by number of tests, the long one of one test (test_soak.py) would come last and alone.
@@ -38,6 +38,7 @@ gpu-check: ## on a machine with an NVIDIA GPU, torch and nvcc: build, check and 
 	@$(PYTHON) -m benchmarks.gpu_check
 
 gpu-train: ## on a machine with an NVIDIA GPU and torch: go on with all runs for one GPU (DATA=, PIECE_MINUTES=9)
+	$(call need_torch)
 	@$(PYTHON) -m benchmarks.gpu_train --data $(DATA) --minutes $(PIECE_MINUTES)
 
 setup: .venv/ready ## everything for training, export and tests, in .venv
@@ -64,6 +65,11 @@ train-camvid: .venv/ready ## train, evaluate and export the embedded model anew 
 
 clean: ## remove the virtual environments, kernels and caches (runs/ stays)
 	rm -rf build .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache
+
+define need_torch
+	@$(PYTHON) -c 'import torch' 2>/dev/null || \
+		{ echo "$(PYTHON) has no torch; name one that has, as in PYTHON=.venv/bin/python after make setup" >&2; exit 1; }
+endef
 
 define make_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import difflib
 import math
 import tomllib
 from collections.abc import Iterable
@@ -235,7 +236,9 @@ def _literal(text: str) -> Any:
 def _checked(key: str, value: Any, kind: type) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if key not in fields:
-        raise RecipeError(f"unknown option {key!r}; known: {', '.join(fields)}")
+        close = difflib.get_close_matches(key, fields, n=1)
+        hint = f", did you mean {close[0]}?" if close else ";"
+        raise RecipeError(f"unknown option {key!r}{hint} known: {', '.join(fields)}")
     wanted = type(fields[key].default)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1000 else math.inf

@@ -447,7 +447,7 @@ def train(run: Run, until: float = math.inf, asked: Sequence[int] = ()) -> bool:
         for images, masks in run.crops.batches(sampler):
             losses = run.train_step(images, masks)
             epoch = -(-run.step // run.steps_per_epoch)
-            if writer and run.step % recipe.log_every == 0:
+            if writer and (run.step % recipe.log_every == 0 or run.step == run.steps):
                 values = dict(zip(losses._fields, torch.stack(losses).tolist(), strict=True))  # waits for a GPU
                 rate = (run.step - since_step) * recipe.batch / (time.monotonic() - since)
                 since, since_step = time.monotonic(), run.step

@@ -87,7 +87,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     path = request.scope["path"]
     message = {
         404: f"there is nothing at {path}; /docs lists what there is",
-        405: f"{request.method} is not possible at {path}",
+        405: f"{request.method} is not possible at {path}; send {(error.headers or {}).get('Allow', 'something else')}",
     }.get(error.status_code, str(error.detail))
     return fault_response(request, error.status_code, code, message, error.headers)
 

@@ -181,8 +181,10 @@ def _synthetic_picture() -> bytes:
     return buffer.getvalue()
 
 
-def try_once(target: Target, picture: bytes) -> None:
+def try_once(target: Target, picture: bytes, name: str = "") -> None:
     """One request, so that a wrong address or a refused picture is a sentence and not a table of failures.
+
+    name: the picture's, for that sentence.
 
     Raises BenchError unless the server answers 200 or says that it is busy.
     """
@@ -196,7 +198,8 @@ def try_once(target: Target, picture: bytes) -> None:
         hint = "`python -m service serve` starts a server"
         raise BenchError(f"no server answers at {place}: {reason.lower()}; {hint}") from None
     if status not in (200, 429, 503):
-        raise BenchError(f"POST {target.path} is answered {status}: {_said(body)}")
+        sent = f" with {name}" if name else ""
+        raise BenchError(f"POST {target.path}{sent} is answered {status}: {_said(body)}")
 
 
 def _said(body: bytes) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 
-from service import batch, bench, warm
+from service import __version__, batch, bench, warm
 from service.engine import Engine, ModelError
 from service.errors import InputError, first_line
 from service.files import check_writable, whole
@@ -23,7 +23,7 @@ from service.folders import entry_error, find_pictures
 from service.models import Models
 from service.options import Options, option_pairs, parse_options
 from service.record import Entry, OutputBusy, Record, open_record
-from service.settings import Settings, settings_table
+from service.settings import Settings, ignored_names, settings_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -64,6 +64,21 @@ CpusOption = Annotated[float, typer.Option(help="CPUs that Ray sets aside for ea
 GpusOption = Annotated[
     float, typer.Option(help="GPUs that Ray sets aside for each process with a model; 0.5 is half of one.")
 ]
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"EncNet Serve {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -108,6 +123,8 @@ def serve(
     from service import logs, server, supervisor
 
     settings = _settings(model=model, host=host, port=port, device=device, threads=threads)
+    if listen_fd is None:  # else the supervisor has said it
+        _warn_of_ignored_names()
     try:
         with server.listen(settings) if listen_fd is None else socket.socket(fileno=listen_fd) as listener:
             if supervise:
@@ -162,6 +179,7 @@ def serve_on_cluster(
     from service import server
 
     settings = _settings(model=model, host=host, port=port, device=device, threads=threads)
+    _warn_of_ignored_names()
     cluster = _needs_ray("cluster")
     layout = _layout(
         min_replicas=min_replicas, max_replicas=max_replicas, ongoing_requests=ongoing_requests, cpus=cpus, gpus=gpus
@@ -200,7 +218,9 @@ def segment(
         list[str],
         typer.Argument(metavar="IMAGE", help="Picture files, or folders of them; with --cluster also s3:// and gs://."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write to; made if needed.")] = Path("segmented"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to; made if needed.")] = Path(
+        "segmented"
+    ),
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Take the pictures in subfolders too, into subfolders alike.")
     ] = False,
@@ -255,6 +275,7 @@ def segment(
         python -m service segment s3://photos/2026 --recursive --output /shared/masks --cluster --address auto
     """
     settings = _settings(model=model, device=device, threads=threads)
+    _warn_of_ignored_names()
     options = _options(settings, scales=scales, flip=flip, max_side=max_side, window=window, stride=stride)
     segment_pictures: Callable[..., Iterator[tuple[batch.Job, Entry | InputError]]] = batch.segment_pictures
     if cluster:
@@ -429,7 +450,7 @@ def load_server(
     levels: list[bench.Level] = []
     try:
         raise_descriptor_limit()
-        bench.try_once(target, pictures[0])
+        bench.try_once(target, pictures[0], str(find_pictures([image])[0][0].file) if image else "")
         with _progress() as progress:
             bar = progress.add_task("measuring", total=len(clients) * duration)
 
@@ -479,6 +500,7 @@ def warm_model(
         python -m service warm --model my.onnx --size 1920x1080 --size 640x480 --scales 0.75,1,1.25 --flip
     """
     settings = _settings(model=model, device=device, threads=threads)
+    _warn_of_ignored_names()
     options = _options(settings, scales=scales, flip=flip)
     try:
         sizes = [warm.read_size(text, settings.max_pixels) for text in size or []]
@@ -539,6 +561,11 @@ def _settings(**given: Any) -> Settings:
         )
 
 
+def _warn_of_ignored_names() -> None:
+    for sentence in ignored_names():
+        typer.echo(f"warning: {sentence}", err=True)
+
+
 def _faults(error: ValidationError, where: Callable[[str], str] = str) -> list[str]:
     """What is wrong, with the name under which it was given."""
     faults = []
@@ -568,15 +595,16 @@ def _banner(settings: Settings, engines: Sequence[Engine], replicas: str = "") -
     lines = [f"\nEncNet Serve listens on {url}{' and every other interface' if everywhere else ''}"]
     if replicas:
         lines.append(f"  replicas {replicas}")
-    for engine in engines:
+    for name, engine in zip((settings.model.stem, *settings.models), engines, strict=True):
+        asked_as = f"{name}: " if len(engines) > 1 else ""  # the name under which a request asks for it
         classes = len(engine.metadata.classes)
         on = "" if replicas else f", on {engine.device}"
-        lines.append(f"  model    {engine.metadata.name}, {classes} classes{on} ({engine.path})")
+        lines.append(f"  model    {asked_as}{engine.metadata.name}, {classes} classes{on} ({engine.path})")
     key = "-H 'Authorization: Bearer KEY' " if settings.api_keys else ""
     lines += [
         f"  try      curl {key}-F image=@examples/street.jpg {url}/segment",
         f"           curl {key}-F image=@examples/street.jpg '{url}/segment?format=png' -o mask.png",
-        f"  docs     {url}/docs\n",
+        f"  open     {url} (the page), {url}/docs (the API)\n",
     ]
     return "\n".join(lines)
 

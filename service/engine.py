@@ -403,6 +403,8 @@ def _open_session(model: Path, providers: list[Any], threads: int) -> ort.Infere
     try:
         return ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class of their own
+        if "INVALID_PROTOBUF" in str(error):
+            raise ModelError(f"{model} is no ONNX file; {HOW_TO_EXPORT}") from error
         raise ModelError(f"ONNX Runtime cannot load {model}: {first_line(error)}") from error
 
 

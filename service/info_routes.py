@@ -49,12 +49,16 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["service"])
 
     @router.head("/livez", include_in_schema=False)
-    @router.get("/livez", summary="Should the process be left alone?", responses={503: {"model": StateAnswer}})
+    @router.get(
+        "/livez",
+        summary="Is the process alive? Where not, it should be restarted",
+        responses={503: {"model": StateAnswer}},
+    )
     async def livez(response: Response) -> StateAnswer:
         return _state(not_alive(models), response)
 
     @router.head("/readyz", include_in_schema=False)
-    @router.get("/readyz", summary="Should the service get work?", responses={503: {"model": StateAnswer}})
+    @router.get("/readyz", summary="Is the service ready for requests?", responses={503: {"model": StateAnswer}})
     async def readyz(response: Response) -> StateAnswer:
         return _state(not_ready(models), response)
 

@@ -64,7 +64,9 @@ class Models:
         """A model by name, loaded or not. Raises InputError with code unknown_model."""
         name = self.default if name is None else name
         if name not in self._served:
-            raise InputError("unknown_model", f"there is no model {name[:64]!r}; there are {', '.join(self._served)}")
+            raise InputError(
+                "unknown_model", f"there is no model {name[:64]!r}; the models are {', '.join(self._served)}"
+            )
         return self._served[name]
 
     def pipeline(self, name: str | None = None) -> Pipeline:

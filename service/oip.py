@@ -61,7 +61,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
             raise InputError("unknown_model", f"model {name[:64]!r} has only version {VERSION}")
         known = faces()
         if name not in known:
-            raise InputError("unknown_model", f"there is no model {name[:64]!r}; there are {', '.join(known)}")
+            raise InputError("unknown_model", f"there is no model {name[:64]!r}; the models are {', '.join(known)}")
         return known[name]
 
     def faces() -> dict[str, Face]:

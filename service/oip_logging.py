@@ -26,7 +26,9 @@ def wanted_level(wanted: dict[str, Any], settings: Settings) -> int:
     present = log_settings(settings)
     for name, value in wanted.items():
         if name not in present:
-            raise InputError("invalid_body", f"unknown log setting {name[:64]!a}; there are {', '.join(present)}")
+            raise InputError(
+                "invalid_body", f"unknown log setting {name[:64]!a}; the settings are {', '.join(present)}"
+            )
         if type(value) is not type(present[name]):
             raise InputError("invalid_body", f"log setting {name} must be like {json.dumps(present[name])}")
         if isinstance(value, str) and value != present[name]:

@@ -18,6 +18,7 @@ const panes = [...document.querySelectorAll(".pane")];
 const canvas = $("colours");
 
 const page = {
+  asked: "", // the name by which the service knows the model; none where it has but one
   model: null, // {name, sha256}
   classes: [], // {id, name, color} by id
   settings: null,
@@ -100,9 +101,15 @@ async function take(file) {
   await run(show(file));
 }
 
-/** Back to a page without a result. */
+/** Back to a page without a picture. */
 function forget() {
-  Object.assign(page, { picture: null, shown: false, result: null, pinned: null, hovered: null, everyRow: false });
+  Object.assign(page, { picture: null, shown: false });
+  withdraw();
+}
+
+/** Back to a page without a result. */
+function withdraw() {
+  Object.assign(page, { result: null, pinned: null, hovered: null, everyRow: false });
   point(null);
   for (const id of ["legend", "time", "note", "run"]) {
     $(id).hidden = true;
@@ -469,6 +476,7 @@ const boxes = () => [...$("scales").querySelectorAll("input")];
 
 function options() {
   return {
+    model: page.asked,
     scales: boxes()
       .filter((box) => box.checked)
       .map((box) => Number(box.value)),
@@ -585,7 +593,7 @@ function key(event) {
     } else {
       settle();
     }
-  } else if (event.target.id !== "key" && !event.ctrlKey && !event.metaKey && !event.altKey && !event.repeat) {
+  } else if (!event.target.matches("#key, #models") && !event.ctrlKey && !event.metaKey && !event.altKey && !event.repeat) {
     const pressed = event.key.toLowerCase();
     (KEYS[pressed] ?? (page.result && KEYS_WITH_RESULT[pressed]))?.();
   }
@@ -606,6 +614,7 @@ function wire() {
   });
   $("scales").addEventListener("change", optionsChanged);
   $("flip").addEventListener("change", optionsChanged);
+  $("models").addEventListener("change", modelChosen);
   $("one").addEventListener("click", () => sideBySide(false));
   $("two").addEventListener("click", () => sideBySide(true));
   $("save-mask").addEventListener("click", saveMask);
@@ -651,17 +660,58 @@ function drawSamples(samples) {
   );
 }
 
-/** Learn the classes of the model that the service has now. */
+/** Learn the classes of the model that the service has now, under the name that is asked for. */
 async function meetModel() {
-  const { model, classes } = await get("classes");
+  const { asked } = page;
+  const { model, classes } = await get(asked ? `classes?model=${encodeURIComponent(asked)}` : "classes");
+  if (asked !== page.asked) {
+    return; // another was chosen meanwhile
+  }
   Object.assign(page, { model, classes });
   $("model").textContent = model.name;
-  $("count").textContent = `, ${classes.length} classes`;
+  $("count").textContent = `${asked ? " " : ", "}${classes.length} classes`;
   $("class-list").replaceChildren(...classes.map(({ id }) => make("li", {}, swatch(id), nameOf(id))));
+}
+
+/** Let the person choose, where the service has several models. */
+function drawModels(models) {
+  if (models.length < 2) {
+    return;
+  }
+  page.asked = models.find((model) => model.default).name;
+  $("models").replaceChildren(
+    ...models.map(({ name, state }) => make("option", { value: name, disabled: state === "unloaded" }, name)),
+  );
+  $("models").value = page.asked;
+  $("models").hidden = false;
+  $("model").hidden = true;
+  $("count").textContent = ` ${page.classes.length} classes`;
+}
+
+/** Ask another model: what is on the page was said by the one before. */
+async function modelChosen() {
+  const asked = (page.asked = $("models").value);
+  page.running?.abort();
+  page.running = null;
+  busy(false);
+  settle();
+  withdraw();
+  try {
+    await meetModel();
+    if (page.asked === asked && page.picture && !page.running) {
+      await run();
+    }
+  } catch (error) {
+    if (page.asked === asked) {
+      complain(sentence(error.message));
+      offerRun();
+    }
+  }
 }
 
 async function start() {
   const [settings, samples] = await Promise.all([get("page/settings"), get("samples"), meetModel()]);
+  drawModels((await get("models")).models);
   page.settings = settings;
   $("threshold").value = settings.threshold;
   setOpacity($("opacity").value);

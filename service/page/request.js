@@ -30,12 +30,15 @@ export const getFile = (url) => unlocked(() => reach(url, (response) => response
 
 const json = (response) => response.json();
 
-async function post(picture, { scales, flip }, signal) {
+async function post(picture, { model, scales, flip }, signal) {
   const content = await picture.arrayBuffer().catch(() => {
     throw new Refusal(`The file ${picture.name} cannot be read: it is a folder, or was changed after it was chosen.`, false);
   });
   const form = new FormData();
   form.append("image", new Blob([content], { type: picture.type }), picture.name);
+  if (model) {
+    form.append("model", model);
+  }
   form.append("scales", scales.join(","));
   form.append("flip", String(flip));
   const started = performance.now();

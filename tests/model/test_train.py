@@ -98,6 +98,13 @@ def test_a_run_is_worked_off_in_pieces_and_its_figures_stand_beside_its_weights(
     assert totals["miou"] == pytest.approx(curves["validation"][-1]["miou"], abs=1e-6)
 
 
+def test_a_run_of_fewer_steps_than_log_every_has_its_last_loss(scenes, tmp_path):
+    out = tmp_path / "run"
+    assert train.main(["--data", str(scenes), "--out", str(out), *TINY, "epochs=1", "log_every=20"]) == 0
+    (row,) = json.loads((out / "curves.json").read_text())["training"]
+    assert row["step"] == 3
+
+
 GRADIENTS = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -457,7 +464,7 @@ def test_a_restart_goes_on_with_its_own_run_only(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["epoch=3"], "unknown option 'epoch'; known: name, "),
+        (["epoch=3"], r"unknown option 'epoch', did you mean epochs\? known: name, "),
         (["epochs=many"], "epochs must be int, got 'many'"),
         (["epochs={[]}"], r"epochs must be int, got '\{\[\]\}'"),
         (["epochs"], "options are given as key=value"),

@@ -228,6 +228,14 @@ def test_a_refused_picture_is_a_sentence(settings: Settings) -> None:
     assert "is answered 422: option scales must each be from 0.25 to 3" in result.stderr
 
 
+def test_a_refused_picture_is_named(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "cut.jpg").write_bytes(b"no picture")
+    with serving(create_app(settings)) as url:
+        result = run("bench", url, "--image", tmp_path)
+    assert result.exit_code == 1
+    assert f"POST /segment with {tmp_path / 'cut.jpg'} is answered 415: the data is not a picture" in result.stderr
+
+
 @pytest.mark.parametrize(("name", "reason"), [("none/b.json", "No such file"), ("", "Is a directory")])
 def test_a_json_file_that_cannot_be_written_is_a_sentence(tmp_path: Path, name: str, reason: str) -> None:
     with scripted(lambda number: (200, {}, b"")) as server:

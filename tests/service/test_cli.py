@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_model import CLASSES, encoded
 from typer.testing import CliRunner, Result
 
+from service import __version__
 from service.cli import cli
 from service.engine import Engine
 
@@ -163,6 +164,47 @@ def test_a_wrong_environment_variable_is_named(picture: Path, monkeypatch: pytes
     result = run("segment", picture)
     assert result.exit_code == 2
     assert "ENCNET_MAX_PIXELS" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ENCNET_API_KEY", "ENCNET_API_KEY is no setting, and is ignored; did you mean ENCNET_API_KEYS?"),
+        ("encnet_max_pixles", "ENCNET_MAX_PIXLES is no setting, and is ignored; did you mean ENCNET_MAX_PIXELS?"),
+        ("ENCNET_WORKERS", "ENCNET_WORKERS is no setting, and is ignored\n"),
+    ],
+)
+def test_a_name_that_no_setting_has_is_told(monkeypatch: pytest.MonkeyPatch, name: str, words: str) -> None:
+    monkeypatch.setenv(name, "1")
+    result = run("warm", "--size", "64x48")
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"warning: {words}")
+
+
+def test_a_name_in_the_settings_file_that_no_setting_has_is_told() -> None:
+    Path("encnet.env").write_text("MAX_PIXELS=1\nENCNET_KERNELS=off\nENCNET_MAX_SIDE=5\nENCNET_LANES=1\n")
+    assert run("warm", "--size", "64x48").stderr.splitlines() == [
+        "warning: ENCNET_KERNELS in encnet.env is ignored: it is read from the environment alone",
+        "warning: ENCNET_MAX_SIDE in encnet.env is no setting, and is ignored; did you mean ENCNET_MAX_SCALE?",
+        "warning: MAX_PIXELS in encnet.env is no setting, and is ignored; did you mean ENCNET_MAX_PIXELS?",
+    ]
+
+
+def test_what_others_set_is_no_misspelt_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ENCNET_KERNELS", "ENCNET_SERVE_PORT", "ENCNET_SERVE_PORT_80_TCP_ADDR", "ENCNET_SERVE_SERVICE_HOST"):
+        monkeypatch.setenv(name, "off")
+    assert run("warm", "--size", "64x48").stderr == ""
+
+
+def test_a_checkpoint_in_a_models_place_is_told_how_it_becomes_one(tmp_path: Path) -> None:
+    (tmp_path / "final.pt").write_bytes(b"PK\x03\x04 a checkpoint")
+    result = run("warm", "--model", tmp_path / "final.pt")
+    assert result.exit_code == 1
+    assert "final.pt is no ONNX file; `python -m export CHECKPOINT" in result.stderr
+
+
+def test_the_version() -> None:
+    assert run("--version").stdout == f"EncNet Serve {__version__}\n"
 
 
 def test_a_model_that_fails_while_it_is_warmed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -416,7 +416,7 @@ def test_statistics(call: Call, batch: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("status", "message", "model", "array", "named"),
     [
-        ("404", "there is no model 'none'; there are", "none", np.zeros((1, 2, 2, 3), np.uint8), {}),
+        ("404", "there is no model 'none'; the models are", "none", np.zeros((1, 2, 2, 3), np.uint8), {}),
         ("404", "has only version 1", "tiny", np.zeros((1, 2, 2, 3), np.uint8), {"model_version": "2"}),
         ("400", r"\[-1, -1, -1, 3\] \(-1: any size\), not \[2, 2, 3\]", "tiny", np.zeros((2, 2, 3), np.uint8), {}),
         ("400", "must be UINT8, not INT8", "tiny", np.zeros((1, 2, 2, 3), np.int8), {}),

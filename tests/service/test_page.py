@@ -541,6 +541,35 @@ def test_a_model_that_was_exchanged_has_its_own_names_and_long_ones_are_not_cut(
         server.stop()
 
 
+def test_one_of_several_models_is_chosen_and_the_picture_segmented_anew(
+    browser: Browser, model_file: Path, changed_model: Callable[..., Path], scene_file: Path
+) -> None:
+    second = changed_model(name="another", classes=json.dumps(["black", "brick", "leaf", "sea"]))
+    server = Server(model_file, ENCNET_MODELS=f"second={second}")
+    try:
+        browser.driver.get(server.url)
+        browser.until("document.body.classList.contains('ready')")
+        assert not browser.find("#model").is_displayed()
+        browser.segment(scene_file)
+        assert [row[0] for row in browser.legend()] == ["blue", "green", "black", "red"]
+        browser.find("#models").send_keys("second")
+        browser.until(
+            f"document.body.classList.contains('answered') && {IDLE} && !document.getElementById('legend').hidden"
+        )
+        assert [row[0] for row in browser.legend()] == ["sea", "leaf", "black", "brick"]
+        assert browser.text("#count") == "4 classes"
+        assert not browser.run("return document.querySelector('.panes').classList.contains('two')"), "S chose, no more"
+        assert 'encnet_pictures_total{model="second"} 1.0' in CLIENT.get(f"{server.url}/metrics").text
+    finally:
+        server.stop()
+
+
+def test_of_one_model_there_is_no_choice(browser: Browser) -> None:
+    browser.open()
+    assert not browser.find("#models").is_displayed()
+    assert browser.text("#model") == "encnet-tiny"
+
+
 def test_downloads_are_the_mask_of_the_service_and_the_picture_as_shown(
     browser: Browser, client: TestClient, quadrants_mask: np.ndarray, tmp_path: Path
 ) -> None:

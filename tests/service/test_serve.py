@@ -102,6 +102,13 @@ def test_banner_says_where_what_and_how(server: Server, model_file: Path) -> Non
     assert "-o mask.png" in server.banner
 
 
+def test_the_banner_has_the_names_by_which_several_models_are_asked_for(model_file: Path) -> None:
+    server = Server(model_file, ENCNET_MODELS=f"again={model_file}")
+    assert server.stop() == 0
+    names = re.findall(r"^  model    (.*), on cpu", server.banner, re.MULTILINE)
+    assert names == [f"{model_file.stem}: encnet-tiny, 4 classes", "again: encnet-tiny, 4 classes"]
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_the_curl_lines_of_the_banner_work(server: Server, png: bytes, tmp_path: Path) -> None:
     (tmp_path / "examples").mkdir()
