@@ -26,7 +26,7 @@ serve: .venv-serve/ready ## set up and serve the embedded model on http://127.0.
 	@exec $(SERVE_PYTHON) -m service serve $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
 
 # One thread a process: two processes of two threads each would wait for each other's at every step of a network. Files in
-# their own order: by number of tests, the long one of one test (test_soak.py) would come last and alone.
+# the order of tests/conftest.py: by number of tests, long ones of one test would come last.
 test: setup lint ## set up and run lint, types and the whole test suite
 	@$(TEST_PYTHON) model/kernels/build.py --quiet
 	OMP_NUM_THREADS=1 $(TEST_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
