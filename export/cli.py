@@ -156,7 +156,8 @@ def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Check
     """The checkpoint with what the command line says differently.
 
     Raises ExportError when the number of class names does not fit, the model's name, which may be that of a file, is
-    no text, or the resize rule is not the one this project trained with, DataError for an unreadable classes file.
+    no text, the resize rule is not the one this project trained with, or --reference-positions would say something of
+    an Encoding layer that an FCN has not; DataError for an unreadable classes file.
     """
     changes = {
         key: value for key in ("name", "base_size", "scales", "flip") if (value := getattr(arguments, key)) is not None
@@ -166,6 +167,10 @@ def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Check
         raise ExportError(
             f"{arguments.checkpoint}: was trained with align_corners={trained}, as it says itself; leave out "
             f"--{'' if aligned else 'no-'}align-corners, which is for published weights whose files do not tell"
+        )
+    if arguments.reference_positions is not None and not checkpoint.config.encoding:
+        raise ExportError(
+            f"{arguments.checkpoint}: is an FCN, without an Encoding layer; leave out --reference-positions"
         )
     config = {
         key: value for key in ("reference_positions", "align_corners") if (value := getattr(arguments, key)) is not None

@@ -20,6 +20,7 @@ from export.parity import TIE, Case, Comparison, equal_share, largest_error
 from export.whole import subgraphs
 from model.calibration import Calibration
 from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from model.config import ModelConfig
 from model.encnet import EncNet
 from model.foreign import MMSEGMENTATION, inverse, rename, renaming
 
@@ -189,6 +190,13 @@ def test_impossible_output(
     assert export(checkpoint, "--output", tmp_path / name) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["folder.onnx"]
+
+
+def test_an_fcn_has_no_reference_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = EncNet(ModelConfig(num_classes=3, backbone="resnet18", channels=16, encoding=False))
+    save_checkpoint(tmp_path / "fcn.pt", small_checkpoint(network))
+    sentence = refused(capsys, tmp_path, tmp_path / "fcn.pt", "--reference-positions", 50)
+    assert "is an FCN, without an Encoding layer; leave out --reference-positions" in sentence
 
 
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
