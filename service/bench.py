@@ -156,18 +156,19 @@ def read_headers(lines: Sequence[str]) -> dict[str, str]:
     return headers
 
 
-def read_pictures(path: Path | None) -> list[bytes]:
-    """The picture files to send in turn: a file, those directly inside a folder, or without either a synthetic one.
+def read_pictures(path: Path | None) -> dict[str, bytes]:
+    """The picture files to send in turn, by name: a file, those directly inside a folder, or without either a synthetic
+    one, which has no name.
 
     Raises BenchError where there is none.
     """
     if path is None:
-        return [_synthetic_picture()]
+        return {"": _synthetic_picture()}
     found, errors = find_pictures([path])
     if errors:
         raise BenchError(f"{path}: {errors[0]['message']}")
     try:
-        return [picture.file.read_bytes() for picture in found]
+        return {str(picture.file): picture.file.read_bytes() for picture in found}
     except OSError as error:
         raise BenchError(f"{error.filename} cannot be read: {error.strerror}") from None
 
@@ -181,10 +182,10 @@ def _synthetic_picture() -> bytes:
     return buffer.getvalue()
 
 
-def try_once(target: Target, picture: bytes, name: str = "") -> None:
+def try_once(target: Target, picture: bytes, name: str) -> None:
     """One request, so that a wrong address or a refused picture is a sentence and not a table of failures.
 
-    name: the picture's, for that sentence.
+    name: the picture's, for that sentence; empty for the synthetic one.
 
     Raises BenchError unless the server answers 200 or says that it is busy.
     """

@@ -440,7 +440,8 @@ def load_server(
         clients = bench.read_concurrency(concurrency)
         headers = bench.read_headers(header or [])
         target = bench.read_target(url, {name: text for name, text in given.items() if text}, headers, timeout)
-        pictures = bench.read_pictures(image)
+        found = bench.read_pictures(image)
+        pictures = list(found.values())
         if json_file:
             check_writable(json_file)
     except bench.BenchError as error:
@@ -450,7 +451,7 @@ def load_server(
     levels: list[bench.Level] = []
     try:
         raise_descriptor_limit()
-        bench.try_once(target, pictures[0], str(find_pictures([image])[0][0].file) if image else "")
+        bench.try_once(target, pictures[0], next(iter(found)))
         with _progress() as progress:
             bar = progress.add_task("measuring", total=len(clients) * duration)
 
