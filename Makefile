@@ -38,7 +38,8 @@ gpu-check: ## on a machine with an NVIDIA GPU, torch and nvcc: build, check and 
 	@$(PYTHON) -m benchmarks.gpu_check
 
 gpu-train: ## on a machine with an NVIDIA GPU and torch: go on with all runs for one GPU (DATA=, PIECE_MINUTES=9)
-	$(call need_torch)
+	@$(PYTHON) -c 'import torch' 2>/dev/null || \
+		{ echo "$(PYTHON) has no torch; name one that has, as in PYTHON=.venv/bin/python after make setup" >&2; exit 1; }
 	@$(PYTHON) -m benchmarks.gpu_train --data $(DATA) --minutes $(PIECE_MINUTES)
 
 setup: .venv/ready ## everything for training, export and tests, in .venv
@@ -65,11 +66,6 @@ train-camvid: .venv/ready ## train, evaluate and export the embedded model anew 
 
 clean: ## remove the virtual environments, kernels and caches (runs/ stays)
 	rm -rf build .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache
-
-define need_torch
-	@$(PYTHON) -c 'import torch' 2>/dev/null || \
-		{ echo "$(PYTHON) has no torch; name one that has, as in PYTHON=.venv/bin/python after make setup" >&2; exit 1; }
-endef
 
 define make_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
