@@ -214,10 +214,11 @@ def equal_share(found: numpy.ndarray, scores: numpy.ndarray) -> float:
     A class that is within TIE of the best counts as the best, too: of many classes that a network hardly tells apart,
     any rounding chooses another.
     """
-    if found.shape != scores.max(1).shape:
+    best = scores.max(1)
+    if found.shape != best.shape:
         return 0.0
     chosen = numpy.take_along_axis(scores, found[:, None].astype(numpy.int64), 1)[:, 0]
-    return float((chosen >= scores.max(1) - TIE * scores.std()).mean())
+    return float((chosen >= best - TIE * scores.std()).mean())
 
 
 def check(comparisons: Sequence[Comparison]) -> None:
