@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "PORT", "HOST", "MODEL")}
+# `make test` tells its children that they are below a make, which has a make talk about its directory and its flags.
+ABOVE = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PORT", "HOST", "MODEL", "PYTHON")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ABOVE}
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 
