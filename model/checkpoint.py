@@ -203,6 +203,7 @@ def _foreign(document: Mapping[str, Any], name: str) -> Checkpoint:
     """The checkpoint in another project's document; ValueError says what is wrong with it, in that project's keys."""
     found = read_foreign(document)
     theirs = inverse(found.table)
+    mean, std = found.normalisation or (IMAGENET_MEAN, IMAGENET_STD)
     check_weights(found.config, found.weights, found.unknown, lambda key: rename(key, theirs) or key)
     return Checkpoint(
         config=found.config,
@@ -210,6 +211,8 @@ def _foreign(document: Mapping[str, Any], name: str) -> Checkpoint:
         classes=found.classes,
         palette=found.palette,
         base_size=found.base_size,
+        mean=mean,
+        std=std,
         name=name,
         step=found.step,
         source=found.source,

@@ -2,14 +2,17 @@
 
 Two formats are known: PyTorch-Encoding, the paper's authors' (`pretrained.*`, `head.encmodule.*`), and mmsegmentation
 (`backbone.*`, `decode_head.*`). The weights say how wide and deep the network is; what they cannot say is assumed:
-output stride 8, the resize rule of the publishing code (corners aligned in PyTorch-Encoding, not in mmsegmentation,
-of which only the 769x769 configurations align them; where the file has its configuration, that decides), the plain sum
-over positions as they were trained with, and the base size of the publishers' usual recipe (520 and 512 pixels).
+output stride 8, ImageNet's mean and deviation, the resize rule of the publishing code (corners aligned in
+PyTorch-Encoding, not in mmsegmentation, of which only the 769x769 configurations align them), the plain sum over
+positions as they were trained with, and the base size of the publishers' usual recipe (520 and 512 pixels). Where the
+file has its configuration, as mmsegmentation's training leaves it there, that decides about the first three.
 """
 
 import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -23,14 +26,29 @@ from model.wording import is_text, listing
 PYTORCH_ENCODING = "PyTorch-Encoding"
 MMSEGMENTATION = "mmsegmentation"
 BASE_SIZES = {PYTORCH_ENCODING: 520, MMSEGMENTATION: 512}
+# What mmsegmentation takes a ResNet to be where its configuration does not say, and what it says of those here.
+RESNET = {
+    "strides": [1, 2, 2, 2],
+    "dilations": [1, 1, 1, 1],
+    "contract_dilation": False,
+    "style": "pytorch",
+    "multi_grid": None,
+}
+KNOWN_RESNETS = {
+    8: {**RESNET, "strides": [1, 2, 1, 1], "dilations": [1, 1, 2, 4], "contract_dilation": True},
+    16: {**RESNET, "strides": [1, 2, 2, 1], "dilations": [1, 1, 1, 2], "contract_dilation": True},
+}
+
+Configured = list[dict[str | None, ast.expr]]
 
 
 class Foreign(NamedTuple):
     """A foreign file in this project's terms.
 
     weights: by our keys; unknown: their keys that stand for nothing in an EncNet; table: their prefixes -> ours;
-    base_size: pixels; step: training iterations where the file tells, else 0; assumed: a sentence about a resize rule
-    that the file does not tell, else "".
+    normalisation: mean and deviation of RGB in 0..1, None where the file does not tell; base_size: pixels;
+    step: training iterations where the file tells, else 0; assumed: a sentence about a resize rule that the file does
+    not tell, else "".
     """
 
     source: str
@@ -40,6 +58,7 @@ class Foreign(NamedTuple):
     table: dict[str, str]
     classes: list[str]
     palette: list[list[int]]
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None
     base_size: int
     step: int
     assumed: str
@@ -74,17 +93,31 @@ def read_foreign(document: Mapping[str, Any]) -> Foreign:
         raise ValueError(f"single numbers where tensors belong: {listing(numbers)}")
     meta = document.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
-    align_corners, assumed = resize_rule(source, meta)
+    configured = configuration(meta) if source == MMSEGMENTATION else []
+    align_corners, assumed = resize_rule(source, configured)
     config = infer_config(weights, align_corners)
     if source == MMSEGMENTATION and "backbone.layer1.0.conv3.weight" not in weights:
         raise ValueError(
             f"an EncNet of {source} on ResNet-18 or -34, which dilates only the first convolution of a block where "
             "networks here dilate both; its weights would compute something else"
         )
+    config = replace(config, output_stride=output_stride(configured, config.lateral))
     classes, palette = described_classes(meta, config.num_classes)
     step = meta.get("iter")
     step = step if isinstance(step, int) else 0
-    return Foreign(source, config, weights, unknown, table, classes, palette, BASE_SIZES[source], step, assumed)
+    return Foreign(
+        source,
+        config,
+        weights,
+        unknown,
+        table,
+        classes,
+        palette,
+        normalisation(configured),
+        BASE_SIZES[source],
+        step,
+        assumed,
+    )
 
 
 def unwrap(document: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -231,13 +264,23 @@ def backbone_name(weights: Mapping[str, Tensor]) -> str:
     return f"resnet{depth}{stem}"
 
 
-def resize_rule(source: str, meta: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether the network aligns corners, and a sentence where that is the publishers' usual rule for want of better.
+def configuration(meta: Mapping[str, Any]) -> Configured:
+    """The keys and expressions of every dict in the training's configuration.
 
-    meta: mmsegmentation's, whose `config` (from version 1 on `cfg`) is the text of the training's configuration.
+    mmsegmentation leaves it in `config`, from version 1 on in `cfg`, as text in Python's syntax, which is parsed and
+    never run.
     """
-    texts = [meta.get(key) for key in ("config", "cfg")] if source == MMSEGMENTATION else []
-    said = {value for text in texts if isinstance(text, str) for value in said_of_corners(text)}
+    nodes: list[ast.AST] = []
+    for text in (meta.get("config"), meta.get("cfg")):
+        with suppress(SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of nesting without end
+            nodes += ast.walk(ast.parse(text)) if isinstance(text, str) else ()
+    return [entries for node in nodes if (entries := dict(_entries(node)))]
+
+
+def resize_rule(source: str, configured: Configured) -> tuple[bool, str]:
+    """Whether the network aligns corners, and a sentence where that is only the publishers' usual rule."""
+    found = [_literal(head.get("align_corners")) for head in _under("decode_head", configured)]
+    said = {value for value in found if isinstance(value, bool)}
     if len(said) == 1:
         return said.pop(), ""
     usual = source == PYTORCH_ENCODING
@@ -246,15 +289,76 @@ def resize_rule(source: str, meta: Mapping[str, Any]) -> tuple[bool, str]:
     return usual, f"align_corners={usual} is assumed, as {source} has it{exception}: {why}"
 
 
-def said_of_corners(config: str) -> set[bool]:
-    """Each `align_corners` of a `decode_head` in a configuration in Python's syntax, which is parsed and never run."""
+def output_stride(configured: Configured, lateral: bool) -> int:
+    """The backbone's output stride, 8 where the configuration does not say.
+
+    Raises ValueError for a backbone that strides and dilates as none here does, with which the weights would compute
+    something else, and for output stride 16 with lateral connections, which are joined at another stride here.
+    """
+    strides = set()
+    for backbone in _under("backbone", configured):
+        if not str(_literal(backbone.get("type"))).startswith("ResNet"):  # of an optimizer's rates, perhaps
+            continue
+        found = {key: _plain(_literal(backbone[key])) if key in backbone else usual for key, usual in RESNET.items()}
+        known = [stride for stride, theirs in KNOWN_RESNETS.items() if theirs == found]
+        if not known:
+            first, second = (_spelt(theirs) for theirs in KNOWN_RESNETS.values())
+            raise ValueError(
+                f"a backbone with {_spelt(found)}, as its configuration says; networks here have {first}, or {second}"
+            )
+        strides.update(known)
+    if len(strides) > 1:
+        raise ValueError("its configuration has backbones of several output strides")
+    stride = strides.pop() if strides else 8
+    if stride == 16 and lateral:
+        raise ValueError(
+            "lateral connections at output stride 16, as its configuration says, which are joined at stride 16 there "
+            "and at stride 8 here; its weights would compute something else"
+        )
+    return stride
+
+
+def _spelt(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())
+
+
+def normalisation(configured: Configured) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of RGB in 0..1 that the configuration gives for levels of 0 to 255; None where it gives none.
+
+    Raises ValueError where it gives several, and for a network that reads BGR.
+    """
+    found: set[tuple[tuple[float, ...], tuple[float, ...]]] = set()
+    for entries in configured:
+        mean, std = (_plain(_literal(entries.get(key))) for key in ("mean", "std"))
+        if not (_are_three_numbers(mean) and _are_three_numbers(std) and min(std) > 0):
+            continue
+        if any(_literal(entries.get(key)) is False for key in ("to_rgb", "bgr_to_rgb")):
+            raise ValueError("it reads pictures in BGR, as its configuration says; networks here read RGB")
+        found.add((_in_units(mean), _in_units(std)))
+    if len(found) > 1:
+        raise ValueError("its configuration normalises pictures in several ways, so that none can be chosen")
+    return found.pop() if found else None
+
+
+def _in_units(levels: list[float]) -> tuple[float, ...]:
+    return tuple(float(f"{level / 255:.9g}") for level in levels)
+
+
+def _are_three_numbers(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(n) in (int, float) and abs(n) <= 1e6 for n in value)
+
+
+def _under(key: str, configured: Configured) -> list[dict[str | None, ast.expr]]:
+    """The entries of each dict that stands under this key."""
+    return [dict(_entries(entries[key])) for entries in configured if key in entries]
+
+
+def _literal(node: ast.expr | None) -> Any:
+    """The value of a literal; None for any other expression."""
     try:
-        nodes = list(ast.walk(ast.parse(config)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of nesting without end
-        return set()
-    heads = [value for node in nodes for key, value in _entries(node) if key == "decode_head"]
-    values = [value for head in heads for key, value in _entries(head) if key == "align_corners"]
-    return {value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, bool)}
+        return None if node is None else ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
 
 
 def _entries(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:

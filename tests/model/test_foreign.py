@@ -299,6 +299,63 @@ def test_a_configuration_is_never_run(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+MM_NETWORK = """img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+model = dict(
+    type='EncoderDecoder',
+    backbone=dict(type='ResNetV1c', depth=50, {backbone}style='pytorch'),
+    decode_head=dict(type='EncHead', align_corners=False))
+optimizer = dict(type='SGD', paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
+train_pipeline = [dict(type='Normalize', {normalize}to_rgb={rgb})]
+"""
+DILATED = "dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1), contract_dilation=True, "
+LESS_DILATED = "dilations=(1, 1, 1, 2), strides=[1, 2, 2, 1], contract_dilation=True, "
+IMAGENET = "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], "
+
+
+def configured(backbone=DILATED, normalize=IMAGENET, rgb=True, lateral=False):
+    config = MM_NETWORK.format(backbone=backbone, normalize=normalize, rgb=rgb)
+    network = ModelConfig(num_classes=CLASSES, channels=CHANNELS, codewords=CODEWORDS, lateral=lateral)
+    return {"meta": {"config": config}, "state_dict": zeros(network, MMSEGMENTATION)}
+
+
+def test_mmsegmentations_configuration_says_the_output_stride(tmp_path):
+    assert load_checkpoint(save(tmp_path / "8.pth", configured())).config.output_stride == 8
+    assert load_checkpoint(save(tmp_path / "16.pth", configured(LESS_DILATED))).config.output_stride == 16
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        (
+            configured(""),
+            r"strides=\[1, 2, 2, 2\], dilations=\[1, 1, 1, 1\], .* networks here",
+        ),
+        (configured(DILATED.replace("True", "False")), "contract_dilation=False, style='pytorch', .* networks here"),
+        (configured(DILATED + "multi_grid=(1, 2, 4), "), r"multi_grid=\[1, 2, 4\], as its configuration says"),
+        (configured(LESS_DILATED, lateral=True), "lateral connections at output stride 16, as its configuration says"),
+        (configured(rgb=False), "reads pictures in BGR, as its configuration says"),
+        (configured(normalize="mean=[1, 2, 3], std=[4, 5, 6], "), "normalises pictures in several ways"),
+    ],
+    ids=["not dilated", "not contracted", "multi-grid", "lateral at 16", "BGR", "several normalisations"],
+)
+def test_mmsegmentations_networks_that_compute_something_else_are_refused(tmp_path, document, said):
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(save(tmp_path / "other.pth", document))
+
+
+def test_mmsegmentations_configuration_says_how_pictures_are_normalised(tmp_path):
+    checkpoint = load_checkpoint(save(tmp_path / "usual.pth", configured()))
+    assert (checkpoint.mean, checkpoint.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    theirs = "data_preprocessor = dict(mean=[0.0, 51, 255], std=[255, 127.5, 1], bgr_to_rgb=True, size=(512, 512))"
+    document = {"meta": {"cfg": theirs}, "state_dict": zeros(CONFIG, MMSEGMENTATION)}
+    checkpoint = load_checkpoint(save(tmp_path / "theirs.pth", document))
+    assert (checkpoint.mean, checkpoint.std) == ((0, 0.2, 1), (1, 0.5, 0.00392156863))
+    for nothing in ("dict(mean=None, std=None)", "dict(mean=[1], std=[1])", "dict(mean=m, std=[1, 0, 1])"):
+        document["meta"]["cfg"] = f"data_preprocessor = {nothing}"
+        checkpoint = load_checkpoint(save(tmp_path / "nothing.pth", document))
+        assert checkpoint.mean == (0.485, 0.456, 0.406)
+
+
 def test_the_authors_networks_align_corners_whatever_a_configuration_says(tmp_path):
     document = {"meta": {"config": APART}, "state_dict": zeros(CONFIG, PYTORCH_ENCODING)}
     checkpoint = load_checkpoint(save(tmp_path / "theirs.pth", document))
