@@ -18,7 +18,9 @@ from export.metadata import describe
 from export.parity import Case, answers, picture, session
 from export.whole import insert_graph, subgraphs
 
-LEAST_SCALE, MOST_SCALE = 0.25, 3.0  # a scale beyond is taken as the nearer one: a graph cannot refuse an input
+# A scale beyond is taken as the nearer one, NaN as the least: a graph cannot refuse an input, and to Unique, which
+# makes the groups, NaN is equal to any number, so that one request's would become everyone's.
+LEAST_SCALE, MOST_SCALE = 0.25, 3.0
 
 PLACEHOLDER = "Whole"
 
@@ -32,7 +34,9 @@ encnet_batched (uint8[N,H,W,3] image, float[N,S] scales, bool[N,1] flip)
     int64[1] zero = {{0}}, int64[1] minus_one = {{-1}}, int64[1] classes = {{{classes}}}, bool yes = {{1}}
 >
 {{
-    bounded_scales = Clip (scales, least_scale, most_scale)
+    clipped_scales = Clip (scales, least_scale, most_scale)
+    no_number = IsNaN (clipped_scales)
+    bounded_scales = Where (no_number, least_scale, clipped_scales)
     flip_number = Cast <to = 1> (flip)
     options = Concat <axis = 1> (bounded_scales, flip_number)
     groups, first_of_group, group_of_picture = Unique <axis = 0> (options)

@@ -255,6 +255,9 @@ def test_a_scale_out_of_bounds_is_taken_as_the_bound(tiny_file: Path, tmp_path: 
     wild = backend.infer([request(image, [1e9, -1.0], False)])
     bounded = backend.infer([request(image, [3.0, 0.25], False)])
     assert (wild[0]["presence"] == bounded[0]["presence"]).all()
+    no_number = backend.infer([request(image, [numpy.nan, 3.0], False), request(image, [3.0, 0.25], False)])
+    for answer in no_number:
+        assert (answer["presence"] == bounded[0]["presence"]).all(), "a scale that is no number is no one else's"
     bounds = [Settings.model_fields[name].default for name in ("min_scale", "max_scale")]
     assert [triton.LEAST_SCALE, triton.MOST_SCALE] == bounds == [0.25, 3.0], "those of the service"
 
