@@ -256,6 +256,13 @@ def export_checkpoint(arguments: argparse.Namespace, console: Console, notes: Co
         if checkpoint.assumed and arguments.align_corners is None:
             other = "--no-align-corners" if checkpoint.config.align_corners else "--align-corners"
             notes.print(f"note: {checkpoint.assumed}; if not so, give {other}", markup=False, soft_wrap=True)
+        if checkpoint.source != FORMAT and arguments.base_size is None:
+            notes.print(
+                f"note: a picture's long side has {checkpoint.base_size} pixels at scale 1, as is usual with "
+                f"{checkpoint.source}; for a network trained on larger pictures, as of Cityscapes, give --base-size",
+                markup=False,
+                soft_wrap=True,
+            )
         network = build_model(checkpoint)
         if arguments.triton_repository is not None:
             triton.check_model(

@@ -137,11 +137,15 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("options", "aligned", "noted"),
-    [([], False, True), (["--align-corners"], True, False), (["--no-align-corners"], False, False)],
+    ("options", "aligned", "noted", "sized"),
+    [
+        ([], False, True, True),
+        (["--align-corners"], True, False, True),
+        (["--no-align-corners", "--base-size", "2048"], False, False, False),
+    ],
     ids=["assumed", "aligned", "apart"],
 )
-def test_the_resize_rule_of_published_weights_can_be_told(
+def test_what_published_weights_do_not_say_is_noted_and_can_be_told(
     published: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -149,6 +153,7 @@ def test_the_resize_rule_of_published_weights_can_be_told(
     options: list[str],
     aligned: bool,
     noted: bool,
+    sized: bool,
 ) -> None:
     built = []
 
@@ -165,6 +170,8 @@ def test_the_resize_rule_of_published_weights_can_be_told(
     )
     error = capsys.readouterr().err
     assert (note in error, "assumed" in error) == (noted, noted)
+    size = "note: a picture's long side has 512 pixels at scale 1, as is usual with mmsegmentation; "
+    assert (size in error, "--base-size" in error) == (sized, sized)
 
 
 def test_the_resize_rule_of_a_checkpoint_of_ours_stands(
