@@ -28,7 +28,7 @@ from model.arguments import pixels, scales
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint
 from model.command import finish
 from model.data import DataError, read_classes
-from model.files import replacing
+from model.files import check_writable, replacing
 from model.wording import first_line, is_text
 
 EPILOG = """the file
@@ -126,17 +126,18 @@ def _positions(text: str) -> float:
 
 
 def check_output(path: Path) -> None:
-    """Raise ExportError for a place where no .onnx file can be written, before any work is done."""
+    """Raise ExportError, or OSError, for a place where no .onnx file can be written, before any work is done."""
     if path.suffix != ".onnx":
         raise ExportError(f"--output {path}: the name must end in .onnx")
     if path.is_dir():
         raise ExportError(f"--output {path}: is a folder, not a file")
     if not path.parent.is_dir():
         raise ExportError(f"--output {path}: the folder {path.parent} does not exist")
+    check_writable(path.parent)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ExportError for options that do not go together, and for places where nothing can be written."""
+    """Raise ExportError for options that do not go together, and as `check_output` does."""
     if arguments.output is None and arguments.triton_repository is None:
         raise ExportError("nothing to write: name a file with --output, or a repository with --triton-repository")
     if arguments.output is not None:

@@ -23,7 +23,7 @@ from export.errors import ExportError
 from export.metadata import FORMAT
 from export.parity import session_options
 from model.checkpoint import MOST_BASE_SIZE, is_positive
-from model.files import replacing
+from model.files import check_writable, replacing
 from model.foreign import are_names
 from model.kernels.build import OUTPUT as KERNELS
 from model.wording import is_text
@@ -204,11 +204,12 @@ def config(described: Facts, model: onnx.ModelProto, library: str | None, kind: 
 
 
 def check_repository(repository: Path) -> None:
-    """Raise ExportError for a place where no repository can be, before any work is done."""
+    """Raise ExportError, or OSError, for a place where no repository can be, before any work is done."""
     if repository.exists() and not repository.is_dir():
         raise ExportError(f"--triton-repository {repository}: is a file, not a folder")
     if not repository.parent.is_dir():
         raise ExportError(f"--triton-repository {repository}: the folder {repository.parent} does not exist")
+    check_writable(repository if repository.exists() else repository.parent)
 
 
 def check_model(repository: Path, name: str, classes: Sequence[str], *, mount: str | None = None) -> None:

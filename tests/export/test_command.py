@@ -199,6 +199,17 @@ def test_impossible_output(
     assert [path.name for path in tmp_path.rglob("*")] == ["folder.onnx"]
 
 
+@pytest.mark.parametrize(
+    "options", [["--output", "/proc/x.onnx"], ["--triton-repository", "/proc/models"], ["--triton-repository", "/proc"]]
+)
+def test_a_folder_that_takes_no_file_is_told_before_any_work(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    monkeypatch.setattr(cli, "load_checkpoint", lambda path: pytest.fail("nothing is read"))
+    assert export(checkpoint, *options) == 2
+    assert capsys.readouterr().err.startswith("error: /proc: nothing can be written there: ")
+
+
 def test_an_fcn_has_no_reference_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = EncNet(ModelConfig(num_classes=3, backbone="resnet18", channels=16, encoding=False))
     save_checkpoint(tmp_path / "fcn.pt", small_checkpoint(network))
