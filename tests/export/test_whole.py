@@ -203,6 +203,18 @@ def test_weights_stand_once(head: dict[str, Any]) -> None:
     assert {tensor.name for tensor in core.graph.initializer} <= set(names)
 
 
+def test_scales_that_the_graph_cannot_refuse(exported: Exported) -> None:
+    """As the README says: none give zeros, and what is no positive number a view of one pixel."""
+    _, _, runtime = exported
+    image = pictures(1, 20, 30)
+    mask, presence, probabilities = run(runtime, image, (), False)
+    assert not mask.any() and not presence.any() and not probabilities.any()
+    smallest = run(runtime, image, (1 / BASE_SIZE,), False)
+    for scale in (math.nan, 0.0, -1.0):
+        for found, expected in zip(run(runtime, image, (scale,), False), smallest, strict=True):
+            numpy.testing.assert_array_equal(found, expected)
+
+
 def test_interface(exported: Exported) -> None:
     _, model, runtime = exported
     onnx.checker.check_model(model, full_check=True)
