@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -302,6 +303,23 @@ def test_a_command_that_is_stopped_leaves_nothing(
             signal.signal(number, handler)
     assert capsys.readouterr().err.splitlines()[-1] == "error: stopped before it was done"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_is_stopped_before_it_has_begun_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted:
+        @staticmethod
+        def find_spec(name: str, *more: object) -> None:
+            if name == "export.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "export.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted, *sys.meta_path])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("export", run_name="__main__")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "error: stopped before it was done\n"
 
 
 @pytest.mark.usefixtures("translated")
