@@ -25,6 +25,14 @@ INERT_NUMPY: list[Any] = [
     ),
 ]
 
+DESCRIBING = (
+    "cfg",
+    "config",
+    "dataset_meta",
+    "CLASSES",
+    "PALETTE",
+)  # keys of mmsegmentation's `meta`, read in foreign.py
+
 REAL = {  # types of weights
     torch.float16,
     torch.bfloat16,
@@ -74,11 +82,12 @@ def read_pickle(path: Path) -> Any:
             raise CheckpointError(
                 f"{path}: refused, because besides weights it holds an object of class {refused[1]}, and making one "
                 "runs that class's code; where its library is installed, and if you trust the file, save only the "
-                "weights, and give the names of the classes with --classes: "
+                "weights and what describes them, and give names of classes that are not among it with --classes: "
                 'python -c "import torch; '
                 f"d = torch.load({str(path.absolute())!r}, map_location='cpu', weights_only=False); "
-                "torch.save({'state_dict': d.state_dict() if hasattr(d, 'state_dict') else d.get('state_dict', d)}, "
-                "'weights.pth')\""
+                "m = isinstance(d, dict) and d.get('meta') or {}; "
+                "torch.save({'state_dict': d.state_dict() if hasattr(d, 'state_dict') else d.get('state_dict', d), "
+                f"'meta': {{k: m[k] for k in {DESCRIBING} if k in m}}}}, 'weights.pth')\""
             ) from error
         advice = "weights_only"  # torch's advice to load it unsafely, which is not ours
         reason = message.splitlines()[0] if message and advice not in message else type(error).__name__

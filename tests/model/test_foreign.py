@@ -1,5 +1,9 @@
 """Foreign checkpoints against a reference network written out here, under the foreign key names."""
 
+import fractions
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -341,6 +345,19 @@ def test_mmsegmentations_configuration_says_the_output_stride(tmp_path):
 def test_mmsegmentations_networks_that_compute_something_else_are_refused(tmp_path, document, said):
     with pytest.raises(CheckpointError, match=said):
         load_checkpoint(save(tmp_path / "other.pth", document))
+
+
+def test_what_its_meta_says_is_kept_on_the_way_out_of_a_refused_file(tmp_path):
+    """Every file that its version 1 leaves holds a log of a class of its own."""
+    document = {**configured(LESS_DILATED), "message_hub": fractions.Fraction(1), "optimizer": fractions.Fraction(2)}
+    document["meta"]["dataset_meta"] = {"classes": ("a", "b", "c", "d", "e"), "palette": [[1, 2, 3]] * CLASSES}
+    with pytest.raises(CheckpointError, match="--classes") as error:
+        load_checkpoint(save(tmp_path / "theirs.pth", document))
+    _, option, code = shlex.split(str(error.value).partition("--classes: ")[2])
+    assert subprocess.run([sys.executable, option, code], cwd=tmp_path, timeout=120).returncode == 0
+    checkpoint = load_checkpoint(tmp_path / "weights.pth")
+    assert (checkpoint.config.output_stride, checkpoint.assumed) == (16, "")
+    assert (checkpoint.classes, checkpoint.palette) == (list("abcde"), [[1, 2, 3]] * CLASSES)
 
 
 def test_mmsegmentations_configuration_says_how_pictures_are_normalised(tmp_path):
