@@ -98,8 +98,21 @@ class Weights(dict):
         return F.relu(self.norm(self.conv(x, keys[0], outputs, kernel), keys[1]))
 
 
+# Number, blocks, width, stride, and the dilation of the first block and of the others, stage by stage.
+STAGES = {
+    8: ((1, 3, 64, 1, 1, 1), (2, 4, 128, 2, 1, 1), (3, 6, 256, 1, 1, 2), (4, 3, 512, 1, 2, 4)),
+    16: ((1, 3, 64, 1, 1, 1), (2, 4, 128, 2, 1, 1), (3, 6, 256, 2, 1, 1), (4, 3, 512, 1, 1, 2)),
+}
+
+
 def reference(
-    weights: Weights, keys: dict, image: Tensor, stem: tuple[int, ...], lateral: bool, align_corners: bool
+    weights: Weights,
+    keys: dict,
+    image: Tensor,
+    stem: tuple[int, ...],
+    lateral: bool,
+    align_corners: bool,
+    output_stride: int = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, presence logits and auxiliary logits of EncNet-50, layer by layer, float64."""
     w = weights
@@ -114,12 +127,7 @@ def reference(
     x = F.max_pool2d(F.relu(w.norm(x, keys["stem_norm"])), 3, stride=2, padding=1)
 
     stages = []
-    for number, blocks, width, stride, first_dilation, dilation in (
-        (1, 3, 64, 1, 1, 1),
-        (2, 4, 128, 2, 1, 1),
-        (3, 6, 256, 1, 1, 2),
-        (4, 3, 512, 1, 2, 4),
-    ):
+    for number, blocks, width, stride, first_dilation, dilation in STAGES[output_stride]:
         for index in range(blocks):
             key = keys["layer"].format(number, index)
             first = index == 0
@@ -322,9 +330,16 @@ def configured(backbone=DILATED, normalize=IMAGENET, rgb=True, lateral=False):
     return {"meta": {"config": config}, "state_dict": zeros(network, MMSEGMENTATION)}
 
 
-def test_mmsegmentations_configuration_says_the_output_stride(tmp_path):
-    assert load_checkpoint(save(tmp_path / "8.pth", configured())).config.output_stride == 8
-    assert load_checkpoint(save(tmp_path / "16.pth", configured(LESS_DILATED))).config.output_stride == 16
+@pytest.mark.parametrize(("backbone", "output_stride"), [(DILATED, 8), (LESS_DILATED, 16)], ids=["8", "16"])
+def test_mmsegmentations_configuration_says_the_output_stride(tmp_path, backbone, output_stride):
+    image = torch.randn(1, 3, 65, 81, generator=torch.Generator().manual_seed(1)).double()
+    state = Weights(seed=2)
+    logits, _, _ = reference(state, MM_KEYS, image, (32, 32, 64), False, False, output_stride)
+    document = {**configured(backbone), "state_dict": dict(state)}
+    model = build_model(load_checkpoint(save(tmp_path / "theirs.pth", document))).double()
+    with torch.no_grad():
+        found = model(image).logits.double()
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
 
 
 @pytest.mark.parametrize(
