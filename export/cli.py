@@ -29,6 +29,7 @@ from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, l
 from model.command import finish
 from model.data import DataError, read_classes
 from model.files import check_writable, replacing
+from model.foreign import unnamed
 from model.wording import first_line, is_text
 
 EPILOG = """the file
@@ -188,6 +189,24 @@ def with_options(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Check
     return changed
 
 
+def unsaid(checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[str]:
+    """A sentence on each thing that published weights leave open, and the command line too."""
+    if checkpoint.source == FORMAT:
+        return []
+    notes = []
+    if checkpoint.assumed and arguments.align_corners is None:
+        other = "--no-align-corners" if checkpoint.config.align_corners else "--align-corners"
+        notes.append(f"{checkpoint.assumed}; if not so, give {other}")
+    if arguments.base_size is None:
+        notes.append(
+            f"a picture's long side has {checkpoint.base_size} pixels at scale 1, as is usual with {checkpoint.source};"
+            " for a network trained on larger pictures, as of Cityscapes, give --base-size"
+        )
+    if arguments.classes is None and checkpoint.classes == unnamed(checkpoint.config.num_classes):
+        notes.append("the file has no names for just these classes, which become class 0, class 1, ..; give --classes")
+    return notes
+
+
 FROM_A_CHECKPOINT = (
     "output",
     "fp16",
@@ -254,16 +273,8 @@ def export_checkpoint(arguments: argparse.Namespace, console: Console, notes: Co
     """Translate the checkpoint, compare, and only then give the file its name, if there is to be one."""
     with notes.status("reading the checkpoint") as status:
         checkpoint = with_options(load_checkpoint(arguments.checkpoint), arguments)
-        if checkpoint.assumed and arguments.align_corners is None:
-            other = "--no-align-corners" if checkpoint.config.align_corners else "--align-corners"
-            notes.print(f"note: {checkpoint.assumed}; if not so, give {other}", markup=False, soft_wrap=True)
-        if checkpoint.source != FORMAT and arguments.base_size is None:
-            notes.print(
-                f"note: a picture's long side has {checkpoint.base_size} pixels at scale 1, as is usual with "
-                f"{checkpoint.source}; for a network trained on larger pictures, as of Cityscapes, give --base-size",
-                markup=False,
-                soft_wrap=True,
-            )
+        for note in unsaid(checkpoint, arguments):
+            notes.print(f"note: {note}", markup=False, soft_wrap=True)
         network = build_model(checkpoint)
         if arguments.triton_repository is not None:
             triton.check_model(

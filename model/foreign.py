@@ -378,10 +378,15 @@ def described_classes(meta: Mapping[str, Any], num_classes: int) -> tuple[list[s
     classes = _plain(described.get("classes")) or _plain(meta.get("CLASSES"))
     palette = _plain(described.get("palette")) or _plain(meta.get("PALETTE"))
     if not isinstance(classes, list) or len(classes) != num_classes or not are_names(classes):
-        classes = [f"class {index}" for index in range(num_classes)]
+        classes = unnamed(num_classes)
     if not isinstance(palette, list) or not is_palette(palette, num_classes):
         palette = distinct_palette(num_classes)
     return [str(name) for name in classes], [[int(value) for value in colour] for colour in palette]
+
+
+def unnamed(num_classes: int) -> list[str]:
+    """What classes are called whose names are not known."""
+    return [f"class {index}" for index in range(num_classes)]
 
 
 def _plain(value: Any) -> Any:

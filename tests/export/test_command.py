@@ -173,6 +173,9 @@ def test_what_published_weights_do_not_say_is_noted_and_can_be_told(
     assert (note in error, "assumed" in error) == (noted, noted)
     size = "note: a picture's long side has 512 pixels at scale 1, as is usual with mmsegmentation; "
     assert (size in error, "--base-size" in error) == (sized, sized)
+    assert (
+        "note: the file has no names for just these classes, which become class 0, class 1, ..; give --classes" in error
+    )
 
 
 def test_the_resize_rule_of_a_checkpoint_of_ours_stands(
