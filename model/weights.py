@@ -25,13 +25,8 @@ INERT_NUMPY: list[Any] = [
     ),
 ]
 
-DESCRIBING = (
-    "cfg",
-    "config",
-    "dataset_meta",
-    "CLASSES",
-    "PALETTE",
-)  # keys of mmsegmentation's `meta`, read in foreign.py
+# Keys of mmsegmentation's `meta`, read in foreign.py.
+DESCRIBING = ("cfg", "config", "dataset_meta", "CLASSES", "PALETTE")
 
 REAL = {  # types of weights
     torch.float16,
