@@ -127,9 +127,9 @@ class RequestContext:
         if not self.keys or path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or request.method == "OPTIONS":
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        shown = (token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
+        shown = [request.headers.get("x-api-key", ""), token if scheme.lower() == "bearer" else ""]
         # Every key is compared, each in constant time, so that the time tells nothing about any of them.
-        if not sum(hmac.compare_digest(shown, key) for key in self.keys):
+        if not sum(hmac.compare_digest(text.strip().encode(), key) for text in shown for key in self.keys):
             raise InputError("unauthorized", "a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
 
     def _account(self, request: Request, scope: Scope, status: int, seconds: float) -> None:

@@ -5,6 +5,7 @@ a picture is known from its header before either. It counts until its answer is 
 """
 
 import asyncio
+import contextvars
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -318,6 +319,8 @@ async def in_pool(
 ) -> tuple[T, float, float]:
     """Run work on a thread of the pool (None: the loop's own): its result, and the milliseconds it waited and ran.
 
+    What it logs carries the caller's request id.
+
     Raises what the work raises, and, even if the work goes on, Refusal at the deadline and Departed once the caller has
     left; Refusal also where memory runs out.
     """
@@ -334,7 +337,7 @@ async def in_pool(
             raise Refusal("overloaded", "there is no memory for this picture now", 1.0) from None
         return result, (begun - asked) * 1000, (time.perf_counter() - begun) * 1000
 
-    running = asyncio.get_running_loop().run_in_executor(workers, timed)
+    running = asyncio.get_running_loop().run_in_executor(workers, contextvars.copy_context().run, timed)
     try:
         await first_of(running, deadline, departed)
         return running.result()

@@ -1,6 +1,7 @@
 """Serving over HTTP: the listening socket, the banner, and the way to stop without losing a request."""
 
 import asyncio
+import contextvars
 import gc
 import logging
 import os
@@ -97,7 +98,8 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
             return
         self._models.drain()
-        self._loop.call_soon_threadsafe(self._start_draining)
+        # The signal may have come in the midst of a request, whose id is not that of the stop.
+        self._loop.call_soon_threadsafe(self._start_draining, context=contextvars.Context())
 
     def _start_draining(self) -> None:
         self._draining = asyncio.create_task(self._drain())

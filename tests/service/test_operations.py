@@ -1,9 +1,11 @@
 """Promise: operators can see, log, lock and reload the service."""
 
+import asyncio
 import gc
 import io
 import json
 import logging
+import signal
 import threading
 import time
 import weakref
@@ -14,7 +16,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import uvicorn
 from onnx import helper
+from prometheus_client import Counter
 from pydantic import SecretStr, ValidationError
 from starlette.testclient import TestClient
 from tiny_model import METADATA, encoded, tiny_model
@@ -26,6 +30,7 @@ from service.app import create_app
 from service.cli import cli
 from service.engine import Engine, ModelError, Plan
 from service.models import Models
+from service.server import Server
 from service.settings import Settings, settings_table
 
 
@@ -126,6 +131,8 @@ def test_a_key_is_asked_for_where_keys_are_set(client_with: Callable[..., TestCl
         assert client.post("/segment", content=png, headers=headers).status_code == 401
     for headers in ({"Authorization": "Bearer first"}, {"X-API-Key": "second"}, {"Authorization": "bearer second"}):
         assert client.post("/segment", content=png, headers=headers).status_code == 200
+    both = {"Authorization": "Bearer what-a-gateway-asks-for", "X-API-Key": "first"}
+    assert client.post("/segment", content=png, headers=both).status_code == 200
     assert client.get("/models").status_code == 401
     assert client.get("/readyz").status_code == client.get("/metrics").status_code == 200
 
@@ -229,6 +236,34 @@ def test_the_line_of_a_run_that_failed_carries_the_id_of_its_request(
     client.post("/segment?flip=true", content=png, headers={"X-Request-ID": "mine-2"})
     (line,) = (record for record in log.records if record.message == "a run failed: no memory")
     assert logs.TextFormatter("%(message)s").format(line) == "a run failed: no memory [mine-2]"
+
+
+def test_the_lines_of_threads_that_work_for_a_request_carry_its_id(
+    client: TestClient, png: bytes, log: pytest.LogCaptureFixture
+) -> None:
+    with log.at_level(logging.DEBUG, "service.images"):
+        client.post("/segment", content=png[: len(png) // 2], headers={"X-Request-ID": "mine-3"})
+    (line,) = (record for record in log.records if record.name == "service.images")
+    assert (line.message, line.request_id) == ("undecodable picture", "mine-3")  # type: ignore[attr-defined]
+
+
+def test_the_line_of_a_stop_carries_no_id_of_the_request_that_it_came_in(
+    client: TestClient, log: pytest.LogCaptureFixture
+) -> None:
+    server = Server(uvicorn.Config(client.app), client.app.state.models, Counter("cut", "-", registry=None), list)
+
+    async def stopped_in_the_midst_of_a_request() -> None:
+        server.started, server._loop = True, asyncio.get_running_loop()
+        logs.request_id.set("mine-4")
+        server.handle_exit(signal.SIGTERM, None)
+        while not server.should_exit:
+            await asyncio.sleep(0)
+
+    with log.at_level(logging.INFO, "service.server"):
+        asyncio.run(stopped_in_the_midst_of_a_request())
+    (line,) = (record for record in log.records if record.name == "service.server")
+    assert line.message.startswith("stopping")
+    assert line.request_id == ""  # type: ignore[attr-defined]
 
 
 def test_a_line_for_people_ends_with_the_id_whatever_else_it_says() -> None:
