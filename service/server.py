@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import cast
@@ -16,6 +17,7 @@ from prometheus_client import Counter
 
 from service import allocator, connections, logs
 from service.app import create_app
+from service.device import THREAD_NAME
 from service.info_routes import not_alive
 from service.models import Models
 from service.settings import Settings
@@ -160,5 +162,7 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
         server.run(sockets=[listener])
     finally:
         models.close()
+        if any(thread.name == THREAD_NAME for thread in threading.enumerate()):
+            os._exit(DIED if server.died else 0)  # as above: one that loads or hangs
     if server.died:
         raise SystemExit(DIED)

@@ -329,6 +329,47 @@ def test_a_stop_while_the_model_loads_is_no_crash(number: signal.Signals, model_
     assert process.returncode == 0
 
 
+LOADS_FOR_EVER_AGAIN = """
+from service import cli, models
+from service.engine import Engine
+
+loaded = []
+
+class Mortal(Engine):
+    def run(self, images, plan, *options):
+        if plan.flip:
+            raise SystemExit
+        return super().run(images, plan, *options)
+
+def load(path, settings):
+    if loaded:
+        print("loading again", flush=True)
+    while loaded:
+        Engine(path, "cpu", 1)
+    loaded.append(Mortal(path, "cpu", 1))
+    return loaded[0]
+
+models._open_engine = load
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("cause", ["a reload", "a death"])
+def test_a_stop_does_not_wait_for_a_model_that_loads_again(serve: Serve, model_file: Path, cause: str) -> None:
+    arguments = ["serve", "--port", "0", "--model", str(model_file)]
+    process, url = serve(command=[sys.executable, "-c", LOADS_FOR_EVER_AGAIN, *arguments])
+    if cause == "a reload":
+        process.send_signal(signal.SIGHUP)
+    else:
+        picture = encoded(np.zeros((4, 4, 3), np.uint8))
+        assert httpx.post(f"{url}/segment?flip=true", content=picture, timeout=WAIT).status_code == 503
+    assert process.stdout
+    assert "loading again\n" in process.stdout
+    process.terminate()
+    output, _ = process.communicate(timeout=WAIT)
+    assert process.returncode == 0, output
+
+
 @pytest.mark.parametrize(
     ("number", "handler", "code"),
     [
