@@ -148,7 +148,7 @@ class Pipeline:
                 f"this picture, at most {limit} are let in; choose larger ones, or max_side",
             )
         encode_s = self.encode_times.predict(format_, width * height)
-        return Estimate(work, self.device.cost_model.predict(work), encode_s, self._wait_s())
+        return Estimate(work, self.device.cost_model.predict(work), encode_s, self.wait_s())
 
     def plan(self, options: Options) -> Plan:
         """The plan of a request. Raises InputError for a class that the model does not know."""
@@ -261,11 +261,12 @@ class Pipeline:
         limit = self.settings.max_queue_pixels
         if self.house.requests and self.house.cost + estimate.work.cost > limit:
             surplus = (self.house.cost + estimate.work.cost - limit) / max(self.house.cost, 1)
+            others_s = self.house.run_s - self.admitted.run_s  # other models, and this one before a reload
             raise Refusal(
                 "overloaded",
                 f"the queue is full: {self.house.cost} pixels wait, this request has {estimate.work.cost}, "
                 f"at most {limit} are let in",
-                min(surplus, 1) * estimate.wait_s,
+                min(surplus, 1) * max(estimate.wait_s, others_s),
             )
         self._refuse_if_late(estimate.run_s, deadline, estimate.encode_s)
         return Place(estimate, self.admitted, self.house)
@@ -274,7 +275,7 @@ class Pipeline:
         """Raise Refusal where those before it leave a request with such a run and answer no chance to be in time."""
         if not self.admitted.requests:
             return
-        taken_s, left_s = self._wait_s(run_s) + encode_s, deadline - time.monotonic()
+        taken_s, left_s = self.wait_s(run_s) + encode_s, deadline - time.monotonic()
         if left_s <= 0:
             raise _too_late()
         late_s = taken_s - self.settings.deadline_share * left_s
@@ -285,7 +286,7 @@ class Pipeline:
                 late_s,
             )
 
-    def _wait_s(self, run_s: float = 0.0) -> float:
+    def wait_s(self, run_s: float = 0.0) -> float:
         """Predicted seconds until all that is admitted now, and then a run of `run_s`, has been run, and a thread that
         encodes is free.
         """

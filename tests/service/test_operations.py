@@ -28,8 +28,10 @@ import service
 from service import logs
 from service.app import create_app
 from service.cli import cli
+from service.cost import Work
 from service.engine import Engine, ModelError, Plan
 from service.models import Models
+from service.pipeline import Estimate, Place
 from service.server import Server
 from service.settings import Settings, settings_table
 
@@ -86,6 +88,34 @@ def test_a_full_queue_is_not_ready_whichever_models_fill_it(
     assert (ready.status_code, ready.json()["reasons"]) == (503, ["the queue is full"])
     assert client.get("/livez").status_code == 200
     models.house.cost = models.settings.max_queue_pixels // 2
+    assert client.get("/readyz").status_code == 200
+
+
+def test_a_queue_that_is_too_long_for_the_usual_time_is_not_ready(client: TestClient, png: bytes) -> None:
+    models = client.app.state.models  # type: ignore[attr-defined]
+    pipeline, settings = models.pipeline(), models.settings
+    usual_s = settings.deadline_share * settings.timeout_ms / 1000
+    place = Place(Estimate(Work(1000, 0), run_s=usual_s, encode_s=0, wait_s=0), pipeline.admitted, models.house)
+    assert client.post("/segment", content=png).status_code == 429
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json()["reasons"]) == (503, ["the queue of model tiny is too long: about 24.0 s"])
+    place.release()
+    Place(Estimate(Work(1000, 0), run_s=usual_s / 2, encode_s=0, wait_s=0), pipeline.admitted, models.house)
+    assert client.get("/readyz").status_code == 200
+    assert client.post("/segment", content=png).status_code == 200
+
+
+def test_a_model_that_was_unloaded_is_missed_only_where_none_is_named(
+    client_with: Callable[..., TestClient], other_model: Path
+) -> None:
+    client = client_with(models={"other": other_model}, remote_control=True)
+    assert client.post("/v2/repository/models/other/unload").status_code == 200
+    assert client.get("/v2/models/other/ready").status_code == 503
+    assert client.get("/readyz").status_code == client.get("/v2/health/ready").status_code == 200
+    assert client.post("/v2/repository/models/tiny/unload").status_code == 200
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json()["reasons"]) == (503, ["model tiny is not loaded: it was unloaded"])
+    assert client.post("/v2/repository/models/tiny/load").status_code == 200
     assert client.get("/readyz").status_code == 200
 
 
