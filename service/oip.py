@@ -24,7 +24,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from service import __version__
-from service.errors import InputError, Refusal, ServiceError
+from service.errors import InputError, Refusal
 from service.info_routes import not_alive, not_ready
 from service.metrics import Metrics
 from service.models import Models, Served
@@ -185,7 +185,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         one = face(name, version)
         try:
             return await answer_infer(one, request, models, metrics, statistics[name], started)
-        except ServiceError:
+        except Exception:
             statistics[name].add_failure((time.perf_counter() - started) * 1000)
             raise
 

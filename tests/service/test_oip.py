@@ -401,13 +401,26 @@ def test_statistics(call: Call, batch: np.ndarray) -> None:
         for phase in after["inference_stats"]
     }
     assert {phase: count for phase, (count, _) in gained.items()} == {
-        "success": 1, "fail": 1, "queue": 1, "compute_input": 1, "compute_infer": 1, "compute_output": 1
+        "success": 1, "fail": 1, "queue": 1, "compute_input": 1, "compute_infer": 1, "compute_output": 1,
+        "cache_hit": 0, "cache_miss": 0,
     }  # fmt: skip
     parts = sum(ns for phase, (_, ns) in gained.items() if phase.startswith("compute"))
     assert parts > 0
     assert gained["compute_infer"][1] > 0
     names = [one["name"] for one in call("get_inference_statistics")["model_stats"]]
     assert sorted(names) == ["other", "other_encoded", "tiny", "tiny_encoded"]
+
+
+def test_a_request_that_failed_for_no_fault_of_its_own_is_counted_too(
+    client_with: Callable[..., TestClient], batch: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_with()
+    monkeypatch.setattr(oip_infer, "_write", None)
+    body, length = triton.InferenceServerClient.generate_request_body([tensor("image", batch)])
+    headers = {"Inference-Header-Content-Length": str(length)}
+    assert client.post("/v2/models/tiny/infer", content=body, headers=headers).status_code == 500
+    (one,) = client.get("/v2/models/tiny/stats").json()["model_stats"]
+    assert (one["inference_stats"]["fail"]["count"], one["inference_stats"]["success"]["count"]) == (1, 0)
 
 
 # ---- errors are sentences
