@@ -10,7 +10,7 @@ from service.models import Served
 from service.oip_codec import TensorSpec
 
 VERSION = "1"  # of every model; the protocol has versions, a file here has none
-OPTIONS = ("scales", "flip", "max_side", "window", "stride", "timeout_ms")
+OPTIONS = ("scales", "flip", "max_side", "window", "stride", "classes", "timeout_ms")
 
 _PHASES = {  # of a request here -> the protocol's words
     "total": "success",

@@ -305,6 +305,18 @@ def test_options_in_the_query(address: str, engine: Engine, batch: np.ndarray) -
         assert message in refused.json()["error"]
 
 
+def test_classes_are_those_that_the_mask_keeps(call: Call, engine: Engine, batch: np.ndarray) -> None:
+    direct = masks(engine, batch)
+    wanted = np.where(np.isin(direct, (1, 3)), direct, 255)
+    assert not np.array_equal(wanted, direct)
+    for classes in ("red,blue", "3,red"):
+        result = call("infer", "tiny", [tensor("image", batch)], parameters={"classes": classes})
+        np.testing.assert_array_equal(result.as_numpy("mask"), wanted)
+        assert result.as_numpy("presence").shape == (2, 4)
+    with pytest.raises(InferenceServerException, match=r"\[422\] option classes: the model has no class 'sheep'"):
+        call("infer", "tiny", [tensor("image", batch)], parameters={"classes": "sheep"})
+
+
 def test_window_and_stride(call: Call, engine: Engine, batch: np.ndarray) -> None:
     wanted = masks(engine, batch, scales=(0.5,), window=32, stride=16)
     assert not np.array_equal(wanted, masks(engine, batch, scales=(0.5,)))
