@@ -89,7 +89,7 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    @router.get("/models", summary="The models in service")
+    @router.get("/models", summary="The models in service", responses={401: {"model": ErrorAnswer}})
     async def list_models() -> ModelsAnswer:
         entries = []
         for served in models.all:
@@ -108,7 +108,7 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
     @router.get(
         "/classes",
         summary="Names, ids and colours of the classes",
-        responses={status: {"model": ErrorAnswer} for status in (404, 422, 503)},
+        responses={status: {"model": ErrorAnswer} for status in (401, 404, 422, 503)},
     )
     async def classes(model: str | None = None) -> ClassesAnswer:
         engine = models.pipeline((model or "").strip() or None).engine

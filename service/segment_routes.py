@@ -134,7 +134,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         "own error; a bad one fails alone. Formats: `json` and `rle`. Headers as of `/segment`, summed over the "
         "pictures.",
         response_model=BatchAnswer,
-        responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 415, 422, 429, 503)},
+        responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 415, 422, 429, 503)},
         openapi_extra=request_body(several=True),
     )
     async def segment_batch(request: Request) -> Response:

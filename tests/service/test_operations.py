@@ -195,6 +195,10 @@ def test_the_docs_have_a_place_for_the_key_where_one_is_needed(client_with: Call
     for path, method in (("/segment", "post"), ("/segment/batch", "post"), ("/classes", "get")):
         assert known["paths"][path][method]["security"] == [{"HTTPBearer": []}]
         assert len(known["paths"][path][method]["tags"]) == 1, "it stands in /docs once"
+    guarded = [(path, method) for path, methods in known["paths"].items() if path not in OPEN for method in methods]
+    assert len(guarded) == 4
+    for path, method in guarded:
+        assert "401" in known["paths"][path][method]["responses"], path
     assert "securitySchemes" not in client_with().get("/openapi.json").json()["components"]
 
 
