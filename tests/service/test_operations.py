@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import logging
+import re
 import signal
 import threading
 import time
@@ -395,6 +396,8 @@ def test_every_setting_is_in_the_readme_and_in_help() -> None:
     for name, default, meaning in settings_table():
         assert f"| `{name}` | {default} | {meaning} |" in readme
         assert name in shown
+    in_the_table = set(re.findall(r"^\| `(ENCNET_\w+)` \|", readme, re.MULTILINE))
+    assert in_the_table == set(re.findall(r"ENCNET_\w+(?=[: ])", shown.partition("Settings, from")[2]))
 
 
 def test_a_model_that_cannot_be_loaded_is_told_once_no_other_is_loading(
