@@ -27,7 +27,8 @@ OPEN_FOLDERS = ("/page/", "/samples", "/static-offline-docs/")
 
 _ORIGIN = re.compile(r"https?://[^/]*", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_QUIET = {"/livez", "/readyz", "/metrics"}  # asked for every few seconds: logged at debug level
+# Asked for every few seconds: logged at debug level.
+_QUIET = {"/livez", "/readyz", "/healthz", "/metrics", "/v2/health/live", "/v2/health/ready"}
 _SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 
 _RESTART_SECONDS = 5.0  # told to those whom a stop cut off

@@ -306,6 +306,15 @@ def test_a_line_for_people_ends_with_the_id_whatever_else_it_says() -> None:
     assert logs.TextFormatter("%(message)s").format(record) == "POST /segment 200 ok 12.3 ms [200]"
 
 
+def test_probes_do_not_fill_the_log(client: TestClient, log: pytest.LogCaptureFixture) -> None:
+    with log.at_level(logging.INFO, "service.middleware"):
+        for path in ("/livez", "/readyz", "/healthz", "/metrics", "/v2/health/live", "/v2/health/ready"):
+            assert client.get(path).status_code == 200
+        client.get("/models")
+    said = [record.getMessage() for record in log.records if record.name == "service.middleware"]
+    assert [line.split()[1] for line in said] == ["/models"]
+
+
 # ---- several models
 
 
