@@ -77,9 +77,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then tell the caller."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            self._loop = asyncio.get_running_loop()
             self._loop.add_signal_handler(signal.SIGHUP, self._reload)
             known = cast("set[connections.Connection]", self.server_state.connections)
             self._watching = asyncio.create_task(connections.watch(known, self._models.settings, self._cut))

@@ -14,11 +14,16 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from live import heed_ctrl_c, until
+from prometheus_client import Counter
 from tiny_model import encoded
 
 import service
-from service.server import DIED, listen
+from service.app import create_app
+from service.connections import Connection
+from service.models import Models
+from service.server import DIED, Server, listen
 from service.settings import Settings
 from service.supervisor import QUICK_DEATHS
 
@@ -97,6 +102,25 @@ def test_sigterm_under_load_finishes_what_was_accepted(serve: Serve, big: bytes)
         assert "retry-after" in refused.headers
         assert [answer.result(WAIT).status_code for answer in answers] == [200] * 8
     assert process.wait(WAIT) == 0
+
+
+def test_a_stop_in_the_moment_of_the_start_is_a_stop(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_up = uvicorn.Server.startup
+
+    async def told_to_stop_at_its_end(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+        await start_up(self, sockets)
+        self.handle_exit(signal.SIGTERM, None)
+
+    monkeypatch.setattr(uvicorn.Server, "startup", told_to_stop_at_its_end)
+    models = Models(settings)
+    models.start()
+    config = uvicorn.Config(create_app(models=models), http=Connection, lifespan="off", log_config=None)
+    with listen(Settings(port=0)) as listener:
+        Server(config, models, Counter("cut", "-", registry=None), lambda: print("ready")).run([listener])
+    models.close()
+    assert (models.draining, capsys.readouterr().out) == (True, "ready\n")
 
 
 def test_with_nothing_in_flight_a_stop_does_not_wait_for_the_grace_period(serve: Serve) -> None:
