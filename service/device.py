@@ -7,8 +7,8 @@ lanes has as many runs side by side, each on a thread of its own.
     state      what it means                                     what brings it back
     starting   the model is being loaded and warmed up           -
     ready      jobs run                                          -
-    restarting a thread died or hung; its jobs have failed       a fresh engine, warmed up, on fresh threads; a load that
-                                                                 hangs is given up like a run, and another begun
+    restarting a thread died or hung; its jobs have failed       a fresh engine, warmed up, on fresh threads
+                                                                 (where loading it hangs, the next)
     failed     the model could not be loaded again               nothing: the process should be restarted
     closed     close() was called                                -
 """

@@ -19,7 +19,7 @@ from service.engine import Engine
 from service.metrics import CONTENT_TYPE, Metrics
 from service.models import Models
 
-DROWNING = 0.95  # share of the queue's limits, in pixels and in time, from which on load balancers are asked to send work elsewhere
+DROWNING = 0.95  # share of the queue's limits from which on load balancers are asked to send work elsewhere
 
 
 def not_ready(models: Models) -> list[str]:
