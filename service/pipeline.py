@@ -8,7 +8,7 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -125,7 +125,7 @@ class Pipeline:
         self._encoding_threads = cores.available()
         self.device = Device(load, settings.max_batch, settings.hang_seconds, settings.max_pixels)
         self.holders = 0  # see Models.hold
-        self.on_answer: Callable[[Segmentation], None] = lambda segmentation: None
+        self.on_answer: Callable[[Segmentation, Sequence[str]], None] = lambda segmentation, classes: None
 
     @property
     def engine(self) -> Engine:
@@ -214,7 +214,7 @@ class Pipeline:
             place.run_is_over()
             timings["queue"] = waited + queued_s * 1000
             timings["infer"] = segmentation.infer_ms
-            self.on_answer(segmentation)
+            self.on_answer(segmentation, self.engine.metadata.classes)
             yield Result(picture, segmentation, estimate.work, estimate.predicted_ms, timings)
         finally:
             self._leave(submitted, place)

@@ -485,7 +485,7 @@ def test_sizes_that_make_no_one_tensor_are_told_before_a_run(
     client = client_with()
     models = client.app.state.models
     runs: list[Any] = []
-    models.pipeline().on_answer = runs.append
+    models.pipeline().on_answer = lambda segmentation, classes: runs.append(segmentation)
     url = f"/v2/models/{models.default}_encoded/infer"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -540,7 +540,7 @@ def test_json_outputs_that_are_too_large_are_told_before_a_run(
     client = client_with()
     models = client.app.state.models
     runs: list[Any] = []
-    models.pipeline().on_answer = runs.append
+    models.pipeline().on_answer = lambda segmentation, classes: runs.append(segmentation)
     pixels = {"name": "image", "datatype": "UINT8", "shape": [1, *batch[0].shape], "data": batch[:1].ravel().tolist()}
     file = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(encoded(batch[0])).decode()]}
     for name, image in ((models.default, pixels), (f"{models.default}_encoded", file)):

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 import uvicorn
+from live import until
 from onnx import helper
 from prometheus_client import Counter
 from pydantic import SecretStr, ValidationError
@@ -147,6 +148,30 @@ def test_metrics_count_requests_by_outcome_and_reason(client: TestClient, png: b
     ):
         assert line in text
     assert 'name="encnet-tiny"' in text
+
+
+def test_a_restart_that_finds_another_file_counts_by_its_classes(
+    client_with: Callable[..., TestClient], png: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served_file = tmp_path / "served.onnx"
+    onnx.save(tiny_model(), served_file)
+    client = client_with(model=served_file, threshold=0.0)
+    names = [f"class {index}" for index in range(6)]
+    larger = tiny_model(classes=6)
+    helper.set_model_props(larger, {**METADATA, "classes": json.dumps(names), "palette": json.dumps([[0, 0, 0]] * 6)})
+    onnx.save(larger, served_file)
+
+    def dies(*given: Any) -> None:
+        monkeypatch.undo()
+        raise SystemExit
+
+    monkeypatch.setattr(Engine, "run", dies)
+    assert client.post("/segment", content=png).status_code == 503
+    until(lambda: client.get("/readyz").status_code == 200)
+    answer = client.post("/segment", content=png)
+    assert answer.status_code == 200, answer.text
+    assert {row["class"] for row in answer.json()["presence"]} == set(names)
+    assert 'encnet_present_total{class="class 5",model="served"} 1.0' in client.get("/metrics").text
 
 
 # ---- keys, origins, headers
