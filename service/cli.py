@@ -90,6 +90,7 @@ def main() -> None:
 _SETTINGS = "Settings, from the environment or from a file encnet.env:\n\n" + "\n\n".join(
     f"{name}{f' [{default}]' if default else ''}: {meaning}" for name, default, meaning in settings_table()
 )
+_SETTINGS += "\n\nENCNET_KERNELS: `off` leaves the compiled kernel aside; from the environment only."
 
 
 @cli.command(epilog=_SETTINGS)

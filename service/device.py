@@ -8,6 +8,7 @@ lanes has as many runs side by side, each on a thread of its own.
     starting   the model is being loaded and warmed up           -
     ready      jobs run                                          -
     restarting a thread died or hung; its jobs have failed       a fresh engine, warmed up, on fresh threads
+                                                                 (where loading it hangs, the next)
     failed     the model could not be loaded again               nothing: the process should be restarted
     closed     close() was called                                -
 """
@@ -34,6 +35,7 @@ State = Literal["starting", "ready", "restarting", "failed", "closed"]
 
 RESTARTS = 3  # in a row, without one successful run between them
 RETRY_SECONDS = 5.0  # told to callers while a restart is under way
+THREAD_NAME = "device"
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +76,8 @@ class Device:
     """Runs jobs on threads of its own. `submit` gives a future of the segmentation and the seconds that it waited.
 
     `load` makes a loaded engine; it is called on a thread of the device, at the start and after each death.
-    `hang_seconds`: a run that takes longer than this, and than ten times its prediction, counts as hung.
+    `hang_seconds`: a run that takes longer than this, and than ten times its prediction, counts as hung; so does a load
+    after a death that takes longer than this, and than ten times the one before.
     `beside_pixels`: pictures share a run, and runs are side by side, only while they have no more pixels than this
     together, so that neither needs more memory than the largest picture does.
 
@@ -102,6 +105,8 @@ class Device:
         self._share = 0.0  # seconds of the device that a run would have had by now, had it been there all along
         self._share_counted = 0.0  # monotonic
         self._restarts = 0
+        self._load_seconds = 0.0  # what the last load took
+        self._load_hangs_from = float("inf")  # monotonic; of a load after a death
         self._failure: BaseException | None = None
         self._wake = threading.Condition()
         self._threads: list[threading.Thread] = []  # those that take jobs; a thread that is not among them is given up
@@ -156,9 +161,9 @@ class Device:
     def close(self, timeout: float = 5.0) -> None:
         """Fail what waits, let the present runs end (for up to `timeout` seconds), and stop."""
         with self._wake:
+            threads = list(self._threads) if self.state == "ready" else []  # one that loads cannot be stopped
             self.state = "closed"
             waiting, self._waiting = self._waiting, deque()
-            threads = list(self._threads)
             self._wake.notify_all()
         for job in waiting:
             _fail([job], self.refusal())
@@ -169,7 +174,7 @@ class Device:
 
     def _start_thread(self, engine: Engine | None = None) -> None:
         """One more thread: for this engine, or without one the first of a fresh engine."""
-        thread = threading.Thread(target=self._live, args=(engine,), name="device", daemon=True)
+        thread = threading.Thread(target=self._live, args=(engine,), name=THREAD_NAME, daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -177,10 +182,12 @@ class Device:
         """The life of one thread: load if need be, then run jobs until it is closed, dies, or is given up."""
         try:
             if engine is None:
+                began = time.monotonic()
                 engine = self._load()
                 with self._wake:
                     if self._given_up() or self.state == "closed":
                         return
+                    self._load_seconds = time.monotonic() - began
                     self.engine, self.state, self.reason = engine, "ready", ""
                     for _ in range(engine.lanes - 1):
                         self._start_thread(engine)
@@ -329,6 +336,7 @@ class Device:
                     waiting, self._waiting = self._waiting, waiting
                 else:
                     _log.warning("restarting the device (%d of %d)", self._restarts, RESTARTS)
+                    self._load_hangs_from = time.monotonic() + max(self._hang_seconds, 10 * self._load_seconds)
                     self._start_thread()
                 self._wake.notify_all()
         failure = Refusal("device_failed", f"the model is not running: {reason}", RETRY_SECONDS)
@@ -337,15 +345,17 @@ class Device:
             self._settled.set()
 
     def _watch(self) -> None:
-        """Give up a run that hangs: its thread is abandoned, as no thread can be killed, and others take over."""
+        """Give up what hangs: its thread is abandoned, as no thread can be killed, and others take over."""
         while self.state not in ("failed", "closed"):
             with self._wake:
                 now = time.monotonic()
-                hung = [(run.thread, _request_ids(run.jobs)) for run in self._runs if now > run.hangs_from]
-            for thread, ids in hung:
+                hung = [("a run", run.thread, _request_ids(run.jobs)) for run in self._runs if now > run.hangs_from]
+                if self.state == "restarting" and now > self._load_hangs_from:
+                    hung += [("the load", thread, "") for thread in self._threads]
+            for what, thread, ids in hung:
                 logs.request_id.set(ids)
-                _log.error("a run hangs; its thread is given up")
-                self._die(thread, "a run hung", TimeoutError("a run hung"))
+                _log.error("%s hangs; its thread is given up", what)
+                self._die(thread, f"{what} hung", TimeoutError(f"{what} hung"))
             time.sleep(min(0.25, self._hang_seconds / 4))
 
 

@@ -54,7 +54,7 @@ def fetch(
     resolver: Resolver = resolve,
     allowed: Callable[[str], bool] = is_public,
 ) -> bytes:
-    """The body at an http or https URL. Blocks.
+    """The body at an http or https URL. Blocks; `timeout_s` does not end a name server's silence.
 
     Raises InputError with code url_refused (the URL itself, or where it leads), url_failed or too_many_bytes.
     """
@@ -83,7 +83,12 @@ def fetch(
                 return _get(secured, parts.netloc, target, max_bytes, until)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = "it took too long" if isinstance(error, TimeoutError) else type(error).__name__
-        raise InputError("url_failed", f"the picture at {url[:128]!r} could not be fetched: {reason}") from None
+        raise failed(url, reason) from None
+
+
+def failed(url: str, reason: str) -> InputError:
+    """The error for a picture that the host did not give."""
+    return InputError("url_failed", f"the picture at {url[:128]!r} could not be fetched: {reason}")
 
 
 def _left(until: float) -> float:

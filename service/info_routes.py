@@ -19,18 +19,26 @@ from service.engine import Engine
 from service.metrics import CONTENT_TYPE, Metrics
 from service.models import Models
 
-DROWNING = 0.95  # share of the queue's limit from which on load balancers are asked to send work elsewhere
+DROWNING = 0.95  # share of the queue's limits from which on load balancers are asked to send work elsewhere
 
 
 def not_ready(models: Models) -> list[str]:
-    """Why the service should get no new work now; empty where it should."""
+    """Why the service should get no new work now; empty where it should.
+
+    A model that was unloaded is no reason, unless it is the one that is meant where a request names none.
+    """
+    settings = models.settings
     reasons = ["the service is stopping"] if models.draining else []
+    longest_s = settings.deadline_share * settings.timeout_ms / 1000
     for served in models.all:
         if served.pipeline is None:
-            reasons.append(f"model {served.name} is not loaded: {served.reason}")
+            if served.name == models.default:
+                reasons.append(f"model {served.name} is not loaded: {served.reason}")
         elif served.state != "ready":
             reasons.append(f"model {served.name} is {served.state}: {served.pipeline.device.reason}".removesuffix(": "))
-    if models.house.cost >= DROWNING * models.settings.max_queue_pixels:
+        elif (wait_s := served.pipeline.wait_s()) >= DROWNING * longest_s:
+            reasons.append(f"the queue of model {served.name} is too long: about {wait_s:.1f} s")
+    if models.house.cost >= DROWNING * settings.max_queue_pixels:
         reasons.append("the queue is full")
     return reasons
 
@@ -81,7 +89,7 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    @router.get("/models", summary="The models in service")
+    @router.get("/models", summary="The models in service", responses={401: {"model": ErrorAnswer}})
     async def list_models() -> ModelsAnswer:
         entries = []
         for served in models.all:
@@ -100,7 +108,7 @@ def info_router(models: Models, metrics: Metrics) -> APIRouter:
     @router.get(
         "/classes",
         summary="Names, ids and colours of the classes",
-        responses={status: {"model": ErrorAnswer} for status in (404, 422, 503)},
+        responses={status: {"model": ErrorAnswer} for status in (401, 404, 422, 503)},
     )
     async def classes(model: str | None = None) -> ClassesAnswer:
         engine = models.pipeline((model or "").strip() or None).engine

@@ -1,6 +1,6 @@
 """What the service counts, for Prometheus at /metrics."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -72,12 +72,14 @@ class Metrics:
         pipeline.device.on_run = self.batches.labels(name).observe
         threshold = pipeline.settings.threshold
         pictures = self.pictures.labels(name)
-        present = [self.present.labels(name, class_) for class_ in pipeline.engine.metadata.classes]
+        for class_ in pipeline.engine.metadata.classes:
+            self.present.labels(name, class_)
 
-        def count(segmentation: Segmentation) -> None:  # without the pipeline, which would keep itself alive by it
+        # Without the pipeline, which would keep itself alive by it. A restart may find another file with other classes.
+        def count(segmentation: Segmentation, classes: Sequence[str]) -> None:
             pictures.inc()
-            for index in np.flatnonzero(segmentation.presence >= threshold):
-                present[index].inc()
+            for index in np.flatnonzero(segmentation.presence >= threshold).tolist():
+                self.present.labels(name, classes[index]).inc()
 
         pipeline.on_answer = count
 

@@ -27,7 +27,8 @@ OPEN_FOLDERS = ("/page/", "/samples", "/static-offline-docs/")
 
 _ORIGIN = re.compile(r"https?://[^/]*", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_QUIET = {"/livez", "/readyz", "/metrics"}  # asked for every few seconds: logged at debug level
+# Asked for every few seconds: logged at debug level.
+_QUIET = {"/livez", "/readyz", "/healthz", "/metrics", "/v2/health/live", "/v2/health/ready"}
 _SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 
 _RESTART_SECONDS = 5.0  # told to those whom a stop cut off
@@ -127,9 +128,9 @@ class RequestContext:
         if not self.keys or path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or request.method == "OPTIONS":
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        shown = (token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
+        shown = [request.headers.get("x-api-key", ""), token if scheme.lower() == "bearer" else ""]
         # Every key is compared, each in constant time, so that the time tells nothing about any of them.
-        if not sum(hmac.compare_digest(shown, key) for key in self.keys):
+        if not sum(hmac.compare_digest(text.strip().encode(), key) for text in shown for key in self.keys):
             raise InputError("unauthorized", "a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
 
     def _account(self, request: Request, scope: Scope, status: int, seconds: float) -> None:

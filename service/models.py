@@ -115,7 +115,9 @@ class Models:
         async with served.changing:
             fresh = self._make(served)
             try:
-                await asyncio.to_thread(fresh.device.wait_until_started)
+                while fresh.device.state == "starting":  # on a thread, the wait would outlast the end of the service
+                    await asyncio.sleep(0.02)
+                fresh.device.wait_until_started()
             except Exception:
                 fresh.close()
                 raise

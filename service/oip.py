@@ -8,8 +8,9 @@ Every model NAME is there twice: NAME takes pixels, NAME_encoded takes picture f
 | NAME_encoded | BYTES [-1]                  | files, read as POST /segment reads them; in JSON as base64 or data URIs |
 
 Both take `scales` FP32 [-1] and `flip` BOOL [] as inputs or as parameters, and of the other options of POST /segment
-`window`, `stride` and `timeout_ms`, with files `max_side` too, as parameters; what can be a parameter can stand in the
-query too. Outputs are `mask` and `presence`, and `probabilities` where asked for by name; JSON is for small ones.
+`window`, `stride`, `classes` and `timeout_ms`, with files `max_side` too, as parameters; what can be a parameter can
+stand in the query too. Outputs are `mask` and `presence`, and `probabilities` where asked for by name; JSON is for
+small ones. `classes` is about the mask: the others have scores of every class.
 
 Here are the routes; an infer request is answered in oip_infer.py, its bytes are read and written in oip_codec.py.
 """
@@ -24,7 +25,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from service import __version__
-from service.errors import InputError, Refusal, ServiceError
+from service.errors import InputError, Refusal
 from service.info_routes import not_alive, not_ready
 from service.metrics import Metrics
 from service.models import Models, Served
@@ -185,7 +186,7 @@ def oip_router(models: Models, metrics: Metrics) -> APIRouter:
         one = face(name, version)
         try:
             return await answer_infer(one, request, models, metrics, statistics[name], started)
-        except ServiceError:
+        except Exception:
             statistics[name].add_failure((time.perf_counter() - started) * 1000)
             raise
 

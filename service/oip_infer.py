@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
@@ -33,8 +33,9 @@ from service.oip_codec import (
     parse_infer,
 )
 from service.oip_models import VERSION, Face, Statistics, outputs_of
-from service.options import Options, option_pairs, parse_options
+from service.options import Options, chosen_classes, option_pairs, parse_options
 from service.pipeline import Pipeline, Result, in_pool
+from service.presence import only_classes
 from service.settings import Settings
 from service.tracing import record_phases
 from service.upload import within
@@ -69,6 +70,7 @@ async def answer_infer(
         outputs = _asked_for(infer_request, outputs_of(pipeline.engine), one.name)
         wanted = any(asked.name == "probabilities" for asked in outputs)
         plan = replace(pipeline.plan(options), probabilities=wanted)
+        ids = chosen_classes(options, pipeline.engine.metadata.classes)
         await _check_outputs(outputs, pictures, pipeline, options, deadline)
         async with departure(request) as departed:
             segment = partial(pipeline.segmented, options=options, plan=plan, deadline=deadline, departed=departed)
@@ -77,7 +79,7 @@ async def answer_infer(
     if infer_request.id is not None:
         head["id"] = infer_request.id
     encoding = accepted_encoding(", ".join(request.headers.getlist("accept-encoding")))
-    write = partial(_write, head, outputs, results, encoding)
+    write = partial(_write, head, outputs, results, ids, encoding)
     (answer, header_length), waited, write_ms = await in_pool(models.encoders, write, deadline)
     milliseconds = {
         "decode": read_ms + sum(result.timings["decode"] for result in results),
@@ -251,15 +253,22 @@ def _write(
     head: dict[str, Any],
     outputs: tuple[RequestedOutput, ...],
     results: list[Result],
+    ids: Sequence[int] | None,
     encoding: str | None,
 ) -> tuple[bytes, int | None]:
-    """The response's body, compressed where asked for, and the length of its JSON before that."""
+    """The response's body, compressed where asked for, and the length of its JSON before that.
+
+    `ids` are the classes that the mask keeps, None for all.
+    """
     if _need_one_size(outputs):
         sizes = [(result.segmentation.mask.shape[1], result.segmentation.mask.shape[0]) for result in results]
         for index, size in enumerate(sizes):
             if size != sizes[0]:
                 raise _sizes_differ(index, size, sizes[0])
-    stacked = [(asked, np.stack([getattr(result.segmentation, asked.name) for result in results])) for asked in outputs]
+    stacked = []
+    for asked in outputs:
+        tensor = np.stack([getattr(result.segmentation, asked.name) for result in results])
+        stacked.append((asked, only_classes(tensor, ids) if asked.name == "mask" else tensor))
     body, header_length = encode_response(head, stacked, max_json_elements=MAX_JSON_ELEMENTS)
     return compress(body, encoding) if encoding else body, header_length
 

@@ -10,7 +10,7 @@ from service.models import Served
 from service.oip_codec import TensorSpec
 
 VERSION = "1"  # of every model; the protocol has versions, a file here has none
-OPTIONS = ("scales", "flip", "max_side", "window", "stride", "timeout_ms")
+OPTIONS = ("scales", "flip", "max_side", "window", "stride", "classes", "timeout_ms")
 
 _PHASES = {  # of a request here -> the protocol's words
     "total": "success",
@@ -19,6 +19,7 @@ _PHASES = {  # of a request here -> the protocol's words
     "infer": "compute_infer",
     "encode": "compute_output",
 }
+_NEVER = ("cache_hit", "cache_miss")  # nothing is cached; Triton's perf_analyzer reads these of every server
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ class Statistics:
     last_inference: int = 0
     inferences: int = 0
     runs: float = 0.0
-    phases: dict[str, list[int]] = field(default_factory=lambda: {name: [0, 0] for name in ("fail", *_PHASES.values())})
+    phases: dict[str, list[int]] = field(
+        default_factory=lambda: {name: [0, 0] for name in ("fail", *_PHASES.values(), *_NEVER)}
+    )
 
     def add_failure(self, milliseconds: float) -> None:
         """Count a request that ended in an error."""

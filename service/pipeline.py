@@ -5,9 +5,10 @@ a picture is known from its header before either. It counts until its answer is 
 """
 
 import asyncio
+import contextvars
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -124,7 +125,7 @@ class Pipeline:
         self._encoding_threads = cores.available()
         self.device = Device(load, settings.max_batch, settings.hang_seconds, settings.max_pixels)
         self.holders = 0  # see Models.hold
-        self.on_answer: Callable[[Segmentation], None] = lambda segmentation: None
+        self.on_answer: Callable[[Segmentation, Sequence[str]], None] = lambda segmentation, classes: None
 
     @property
     def engine(self) -> Engine:
@@ -147,7 +148,7 @@ class Pipeline:
                 f"this picture, at most {limit} are let in; choose larger ones, or max_side",
             )
         encode_s = self.encode_times.predict(format_, width * height)
-        return Estimate(work, self.device.cost_model.predict(work), encode_s, self._wait_s())
+        return Estimate(work, self.device.cost_model.predict(work), encode_s, self.wait_s())
 
     def plan(self, options: Options) -> Plan:
         """The plan of a request. Raises InputError for a class that the model does not know."""
@@ -213,7 +214,7 @@ class Pipeline:
             place.run_is_over()
             timings["queue"] = waited + queued_s * 1000
             timings["infer"] = segmentation.infer_ms
-            self.on_answer(segmentation)
+            self.on_answer(segmentation, self.engine.metadata.classes)
             yield Result(picture, segmentation, estimate.work, estimate.predicted_ms, timings)
         finally:
             self._leave(submitted, place)
@@ -260,11 +261,12 @@ class Pipeline:
         limit = self.settings.max_queue_pixels
         if self.house.requests and self.house.cost + estimate.work.cost > limit:
             surplus = (self.house.cost + estimate.work.cost - limit) / max(self.house.cost, 1)
+            others_s = self.house.run_s - self.admitted.run_s  # other models, and this one before a reload
             raise Refusal(
                 "overloaded",
                 f"the queue is full: {self.house.cost} pixels wait, this request has {estimate.work.cost}, "
                 f"at most {limit} are let in",
-                min(surplus, 1) * estimate.wait_s,
+                min(surplus, 1) * max(estimate.wait_s, others_s),
             )
         self._refuse_if_late(estimate.run_s, deadline, estimate.encode_s)
         return Place(estimate, self.admitted, self.house)
@@ -273,7 +275,7 @@ class Pipeline:
         """Raise Refusal where those before it leave a request with such a run and answer no chance to be in time."""
         if not self.admitted.requests:
             return
-        taken_s, left_s = self._wait_s(run_s) + encode_s, deadline - time.monotonic()
+        taken_s, left_s = self.wait_s(run_s) + encode_s, deadline - time.monotonic()
         if left_s <= 0:
             raise _too_late()
         late_s = taken_s - self.settings.deadline_share * left_s
@@ -284,7 +286,7 @@ class Pipeline:
                 late_s,
             )
 
-    def _wait_s(self, run_s: float = 0.0) -> float:
+    def wait_s(self, run_s: float = 0.0) -> float:
         """Predicted seconds until all that is admitted now, and then a run of `run_s`, has been run, and a thread that
         encodes is free.
         """
@@ -318,6 +320,8 @@ async def in_pool(
 ) -> tuple[T, float, float]:
     """Run work on a thread of the pool (None: the loop's own): its result, and the milliseconds it waited and ran.
 
+    What it logs carries the caller's request id.
+
     Raises what the work raises, and, even if the work goes on, Refusal at the deadline and Departed once the caller has
     left; Refusal also where memory runs out.
     """
@@ -334,7 +338,7 @@ async def in_pool(
             raise Refusal("overloaded", "there is no memory for this picture now", 1.0) from None
         return result, (begun - asked) * 1000, (time.perf_counter() - begun) * 1000
 
-    running = asyncio.get_running_loop().run_in_executor(workers, timed)
+    running = asyncio.get_running_loop().run_in_executor(workers, contextvars.copy_context().run, timed)
     try:
         await first_of(running, deadline, departed)
         return running.result()

@@ -21,7 +21,7 @@ PresenceRow = TypedDict(
 
 
 def only_classes(mask: np.ndarray, ids: Sequence[int] | None) -> np.ndarray:
-    """The label map (H, W) with every other class replaced by the largest value of its dtype; None keeps all."""
+    """Label maps (..., H, W) with every other class replaced by the largest value of its dtype; None keeps all."""
     if ids is None:
         return mask
     other = np.iinfo(mask.dtype).max

@@ -31,8 +31,8 @@ from service.answers import (
 )
 from service.encoders import multipart, npz, rle
 from service.engine import Engine
-from service.errors import InputError, ServiceError
-from service.fetch import fetch
+from service.errors import InputError, Refusal, ServiceError
+from service.fetch import failed, fetch
 from service.formats import FormatName, choose_format
 from service.metrics import Metrics
 from service.models import Models
@@ -83,7 +83,12 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
             )
         timeout_s = settings.url_timeout_ms / 1000
         work = partial(fetch, upload.url, max_bytes=settings.max_bytes, timeout_s=timeout_s)
-        picture, _, _ = await in_pool(None, work, deadline)
+        try:  # `fetch` ends by its time but for the look-up of the host's name, which nothing can end
+            picture, _, _ = await in_pool(None, work, min(deadline, time.monotonic() + timeout_s))
+        except Refusal as refusal:
+            if refusal.code == "deadline_passed" and time.monotonic() < deadline:
+                raise failed(upload.url, "it took too long") from None
+            raise
         request.state.hold(len(picture))
         return picture
 
@@ -134,7 +139,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
         "own error; a bad one fails alone. Formats: `json` and `rle`. Headers as of `/segment`, summed over the "
         "pictures.",
         response_model=BatchAnswer,
-        responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 415, 422, 429, 503)},
+        responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 415, 422, 429, 503)},
         openapi_extra=request_body(several=True),
     )
     async def segment_batch(request: Request) -> Response:

@@ -1,11 +1,13 @@
 """Serving over HTTP: the listening socket, the banner, and the way to stop without losing a request."""
 
 import asyncio
+import contextvars
 import gc
 import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import cast
@@ -15,6 +17,7 @@ from prometheus_client import Counter
 
 from service import allocator, connections, logs
 from service.app import create_app
+from service.device import THREAD_NAME
 from service.info_routes import not_alive
 from service.models import Models
 from service.settings import Settings
@@ -74,9 +77,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then tell the caller."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            self._loop = asyncio.get_running_loop()
             self._loop.add_signal_handler(signal.SIGHUP, self._reload)
             known = cast("set[connections.Connection]", self.server_state.connections)
             self._watching = asyncio.create_task(connections.watch(known, self._models.settings, self._cut))
@@ -97,7 +100,8 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
             return
         self._models.drain()
-        self._loop.call_soon_threadsafe(self._start_draining)
+        # The signal may have come in the midst of a request, whose id is not that of the stop.
+        self._loop.call_soon_threadsafe(self._start_draining, context=contextvars.Context())
 
     def _start_draining(self) -> None:
         self._draining = asyncio.create_task(self._drain())
@@ -158,5 +162,7 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
         server.run(sockets=[listener])
     finally:
         models.close()
+        if any(thread.name == THREAD_NAME for thread in threading.enumerate()):
+            os._exit(DIED if server.died else 0)  # as above: one that loads or hangs
     if server.died:
         raise SystemExit(DIED)

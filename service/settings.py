@@ -96,7 +96,8 @@ class Settings(BaseSettings):
     hang_seconds: float = Field(
         default=60.0,
         gt=0,
-        description="A run counts as hung when it takes longer than this and than 10 times its prediction.",
+        description="A run counts as hung when it takes longer than this and than 10 times its prediction; "
+        "so does loading again.",
     )
     grace_seconds: float = Field(
         default=30.0, ge=0, allow_inf_nan=False, description="Time to finish accepted requests when told to stop."

@@ -401,6 +401,22 @@ def test_the_limit_is_for_all_models_together(pipeline: Callable[..., Pipeline],
     run(main)
 
 
+def test_a_queue_that_other_models_fill_names_their_time(pipeline: Callable[..., Pipeline], gate: Any) -> None:
+    async def main() -> None:
+        one = pipeline()
+        work = one.engine.work(30, 20, one.engine.plan())
+        other = pipeline(max_queue_pixels=2 * work.cost)
+        for _ in range(50):
+            one.device.cost_model.observe(work, 100.0)
+        taken = [await started(one, timeout_ms=3_600_000) for _ in range(2)]
+        refused = await refusal_of(segment(other, GREY, Options()))
+        assert refused.retry_after == pytest.approx(100, rel=0.1), "one of the two has to go"
+        gate.set()
+        await asyncio.gather(*taken)
+
+    run(main)
+
+
 def test_the_device_is_told_whether_others_are_on_their_way(pipeline: Callable[..., Pipeline], gate: Any) -> None:
     async def main() -> None:
         served = pipeline()

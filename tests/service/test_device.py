@@ -295,6 +295,54 @@ def test_a_hung_run_trips_the_watchdog(
     assert len(engines) == 2
 
 
+def test_a_load_after_a_death_that_hangs_is_given_up_and_at_last_the_device(model_file: Path) -> None:
+    """A driver that hangs in a run may well hang in the next load; only another process helps then."""
+    engine = Moody(model_file, 1)
+    loads: list[Engine] = [engine]
+    go_on = threading.Event()
+
+    def load() -> Engine:
+        if not loads:
+            assert go_on.wait(WAIT)
+        return loads.pop() if loads else engine
+
+    served = Device(load, hang_seconds=0.1)
+    served.wait_until_started()
+    threads = list(served._threads)
+    engine.failures = [SystemExit()]
+    engine.go_on.clear()
+    lost, waiting = held(served, engine), submit(served)
+    engine.go_on.set()
+    for job in (lost, waiting):
+        assert isinstance(job.exception(WAIT), Refusal)
+    until(lambda: served.state == "failed")
+    assert served.reason == "the load hung"
+    go_on.set()  # the loads come back to life; nobody minds
+    for thread in threads:
+        thread.join(WAIT)
+    assert served.state == "failed"
+
+
+def test_a_load_does_not_hang_before_ten_times_the_one_before(
+    device: Callable[..., Device], engines: list[Moody]
+) -> None:
+    served = device(hang_seconds=0.05)
+    served._load_seconds = WAIT
+    load, go_on = served._load, threading.Event()
+
+    def slow() -> Engine:
+        assert go_on.wait(WAIT)
+        return load()
+
+    served._load = slow
+    engines[0].failures = [SystemExit()]
+    assert submit(served).exception(WAIT) is not None
+    time.sleep(0.3)
+    assert (served.state, served._restarts) == ("restarting", 1)
+    go_on.set()
+    until(lambda: served.state == "ready")
+
+
 def test_a_run_does_not_hang_before_ten_times_its_prediction(
     device: Callable[..., Device], engines: list[Moody]
 ) -> None:

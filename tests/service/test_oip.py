@@ -305,6 +305,18 @@ def test_options_in_the_query(address: str, engine: Engine, batch: np.ndarray) -
         assert message in refused.json()["error"]
 
 
+def test_classes_are_those_that_the_mask_keeps(call: Call, engine: Engine, batch: np.ndarray) -> None:
+    direct = masks(engine, batch)
+    wanted = np.where(np.isin(direct, (1, 3)), direct, 255)
+    assert not np.array_equal(wanted, direct)
+    for classes in ("red,blue", "3,red"):
+        result = call("infer", "tiny", [tensor("image", batch)], parameters={"classes": classes})
+        np.testing.assert_array_equal(result.as_numpy("mask"), wanted)
+        assert result.as_numpy("presence").shape == (2, 4)
+    with pytest.raises(InferenceServerException, match=r"\[422\] option classes: the model has no class 'sheep'"):
+        call("infer", "tiny", [tensor("image", batch)], parameters={"classes": "sheep"})
+
+
 def test_window_and_stride(call: Call, engine: Engine, batch: np.ndarray) -> None:
     wanted = masks(engine, batch, scales=(0.5,), window=32, stride=16)
     assert not np.array_equal(wanted, masks(engine, batch, scales=(0.5,)))
@@ -401,13 +413,26 @@ def test_statistics(call: Call, batch: np.ndarray) -> None:
         for phase in after["inference_stats"]
     }
     assert {phase: count for phase, (count, _) in gained.items()} == {
-        "success": 1, "fail": 1, "queue": 1, "compute_input": 1, "compute_infer": 1, "compute_output": 1
+        "success": 1, "fail": 1, "queue": 1, "compute_input": 1, "compute_infer": 1, "compute_output": 1,
+        "cache_hit": 0, "cache_miss": 0,
     }  # fmt: skip
     parts = sum(ns for phase, (_, ns) in gained.items() if phase.startswith("compute"))
     assert parts > 0
     assert gained["compute_infer"][1] > 0
     names = [one["name"] for one in call("get_inference_statistics")["model_stats"]]
     assert sorted(names) == ["other", "other_encoded", "tiny", "tiny_encoded"]
+
+
+def test_a_request_that_failed_for_no_fault_of_its_own_is_counted_too(
+    client_with: Callable[..., TestClient], batch: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_with()
+    monkeypatch.setattr(oip_infer, "_write", None)
+    body, length = triton.InferenceServerClient.generate_request_body([tensor("image", batch)])
+    headers = {"Inference-Header-Content-Length": str(length)}
+    assert client.post("/v2/models/tiny/infer", content=body, headers=headers).status_code == 500
+    (one,) = client.get("/v2/models/tiny/stats").json()["model_stats"]
+    assert (one["inference_stats"]["fail"]["count"], one["inference_stats"]["success"]["count"]) == (1, 0)
 
 
 # ---- errors are sentences
@@ -460,7 +485,7 @@ def test_sizes_that_make_no_one_tensor_are_told_before_a_run(
     client = client_with()
     models = client.app.state.models
     runs: list[Any] = []
-    models.pipeline().on_answer = runs.append
+    models.pipeline().on_answer = lambda segmentation, classes: runs.append(segmentation)
     url = f"/v2/models/{models.default}_encoded/infer"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -515,7 +540,7 @@ def test_json_outputs_that_are_too_large_are_told_before_a_run(
     client = client_with()
     models = client.app.state.models
     runs: list[Any] = []
-    models.pipeline().on_answer = runs.append
+    models.pipeline().on_answer = lambda segmentation, classes: runs.append(segmentation)
     pixels = {"name": "image", "datatype": "UINT8", "shape": [1, *batch[0].shape], "data": batch[:1].ravel().tolist()}
     file = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(encoded(batch[0])).decode()]}
     for name, image in ((models.default, pixels), (f"{models.default}_encoded", file)):

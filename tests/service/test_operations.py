@@ -1,9 +1,12 @@
 """Promise: operators can see, log, lock and reload the service."""
 
+import asyncio
 import gc
 import io
 import json
 import logging
+import re
+import signal
 import threading
 import time
 import weakref
@@ -14,7 +17,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import uvicorn
+from live import until
 from onnx import helper
+from prometheus_client import Counter
 from pydantic import SecretStr, ValidationError
 from starlette.testclient import TestClient
 from tiny_model import METADATA, encoded, tiny_model
@@ -24,8 +30,11 @@ import service
 from service import logs
 from service.app import create_app
 from service.cli import cli
+from service.cost import Work
 from service.engine import Engine, ModelError, Plan
 from service.models import Models
+from service.pipeline import Estimate, Place
+from service.server import Server
 from service.settings import Settings, settings_table
 
 
@@ -84,6 +93,34 @@ def test_a_full_queue_is_not_ready_whichever_models_fill_it(
     assert client.get("/readyz").status_code == 200
 
 
+def test_a_queue_that_is_too_long_for_the_usual_time_is_not_ready(client: TestClient, png: bytes) -> None:
+    models = client.app.state.models  # type: ignore[attr-defined]
+    pipeline, settings = models.pipeline(), models.settings
+    usual_s = settings.deadline_share * settings.timeout_ms / 1000
+    place = Place(Estimate(Work(1000, 0), run_s=usual_s, encode_s=0, wait_s=0), pipeline.admitted, models.house)
+    assert client.post("/segment", content=png).status_code == 429
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json()["reasons"]) == (503, ["the queue of model tiny is too long: about 24.0 s"])
+    place.release()
+    Place(Estimate(Work(1000, 0), run_s=usual_s / 2, encode_s=0, wait_s=0), pipeline.admitted, models.house)
+    assert client.get("/readyz").status_code == 200
+    assert client.post("/segment", content=png).status_code == 200
+
+
+def test_a_model_that_was_unloaded_is_missed_only_where_none_is_named(
+    client_with: Callable[..., TestClient], other_model: Path
+) -> None:
+    client = client_with(models={"other": other_model}, remote_control=True)
+    assert client.post("/v2/repository/models/other/unload").status_code == 200
+    assert client.get("/v2/models/other/ready").status_code == 503
+    assert client.get("/readyz").status_code == client.get("/v2/health/ready").status_code == 200
+    assert client.post("/v2/repository/models/tiny/unload").status_code == 200
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json()["reasons"]) == (503, ["model tiny is not loaded: it was unloaded"])
+    assert client.post("/v2/repository/models/tiny/load").status_code == 200
+    assert client.get("/readyz").status_code == 200
+
+
 def test_a_model_that_cannot_come_back_is_neither_ready_nor_alive(client: TestClient, png: bytes) -> None:
     served = client.app.state.models.served()  # type: ignore[attr-defined]
     served.pipeline.device.state = "failed"
@@ -113,6 +150,30 @@ def test_metrics_count_requests_by_outcome_and_reason(client: TestClient, png: b
     assert 'name="encnet-tiny"' in text
 
 
+def test_a_restart_that_finds_another_file_counts_by_its_classes(
+    client_with: Callable[..., TestClient], png: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served_file = tmp_path / "served.onnx"
+    onnx.save(tiny_model(), served_file)
+    client = client_with(model=served_file, threshold=0.0)
+    names = [f"class {index}" for index in range(6)]
+    larger = tiny_model(classes=6)
+    helper.set_model_props(larger, {**METADATA, "classes": json.dumps(names), "palette": json.dumps([[0, 0, 0]] * 6)})
+    onnx.save(larger, served_file)
+
+    def dies(*given: Any) -> None:
+        monkeypatch.undo()
+        raise SystemExit
+
+    monkeypatch.setattr(Engine, "run", dies)
+    assert client.post("/segment", content=png).status_code == 503
+    until(lambda: client.get("/readyz").status_code == 200)
+    answer = client.post("/segment", content=png)
+    assert answer.status_code == 200, answer.text
+    assert {row["class"] for row in answer.json()["presence"]} == set(names)
+    assert 'encnet_present_total{class="class 5",model="served"} 1.0' in client.get("/metrics").text
+
+
 # ---- keys, origins, headers
 
 
@@ -126,6 +187,8 @@ def test_a_key_is_asked_for_where_keys_are_set(client_with: Callable[..., TestCl
         assert client.post("/segment", content=png, headers=headers).status_code == 401
     for headers in ({"Authorization": "Bearer first"}, {"X-API-Key": "second"}, {"Authorization": "bearer second"}):
         assert client.post("/segment", content=png, headers=headers).status_code == 200
+    both = {"Authorization": "Bearer what-a-gateway-asks-for", "X-API-Key": "first"}
+    assert client.post("/segment", content=png, headers=both).status_code == 200
     assert client.get("/models").status_code == 401
     assert client.get("/readyz").status_code == client.get("/metrics").status_code == 200
 
@@ -158,6 +221,10 @@ def test_the_docs_have_a_place_for_the_key_where_one_is_needed(client_with: Call
     for path, method in (("/segment", "post"), ("/segment/batch", "post"), ("/classes", "get")):
         assert known["paths"][path][method]["security"] == [{"HTTPBearer": []}]
         assert len(known["paths"][path][method]["tags"]) == 1, "it stands in /docs once"
+    guarded = [(path, method) for path, methods in known["paths"].items() if path not in OPEN for method in methods]
+    assert len(guarded) == 4
+    for path, method in guarded:
+        assert "401" in known["paths"][path][method]["responses"], path
     assert "securitySchemes" not in client_with().get("/openapi.json").json()["components"]
 
 
@@ -231,9 +298,46 @@ def test_the_line_of_a_run_that_failed_carries_the_id_of_its_request(
     assert logs.TextFormatter("%(message)s").format(line) == "a run failed: no memory [mine-2]"
 
 
+def test_the_lines_of_threads_that_work_for_a_request_carry_its_id(
+    client: TestClient, png: bytes, log: pytest.LogCaptureFixture
+) -> None:
+    with log.at_level(logging.DEBUG, "service.images"):
+        client.post("/segment", content=png[: len(png) // 2], headers={"X-Request-ID": "mine-3"})
+    (line,) = (record for record in log.records if record.name == "service.images")
+    assert (line.message, line.request_id) == ("undecodable picture", "mine-3")  # type: ignore[attr-defined]
+
+
+def test_the_line_of_a_stop_carries_no_id_of_the_request_that_it_came_in(
+    client: TestClient, log: pytest.LogCaptureFixture
+) -> None:
+    server = Server(uvicorn.Config(client.app), client.app.state.models, Counter("cut", "-", registry=None), list)
+
+    async def stopped_in_the_midst_of_a_request() -> None:
+        server.started, server._loop = True, asyncio.get_running_loop()
+        logs.request_id.set("mine-4")
+        server.handle_exit(signal.SIGTERM, None)
+        while not server.should_exit:
+            await asyncio.sleep(0)
+
+    with log.at_level(logging.INFO, "service.server"):
+        asyncio.run(stopped_in_the_midst_of_a_request())
+    (line,) = (record for record in log.records if record.name == "service.server")
+    assert line.message.startswith("stopping")
+    assert line.request_id == ""  # type: ignore[attr-defined]
+
+
 def test_a_line_for_people_ends_with_the_id_whatever_else_it_says() -> None:
     record = logging.makeLogRecord({"msg": "POST /segment 200 ok 12.3 ms", "request_id": "200"})
     assert logs.TextFormatter("%(message)s").format(record) == "POST /segment 200 ok 12.3 ms [200]"
+
+
+def test_probes_do_not_fill_the_log(client: TestClient, log: pytest.LogCaptureFixture) -> None:
+    with log.at_level(logging.INFO, "service.middleware"):
+        for path in ("/livez", "/readyz", "/healthz", "/metrics", "/v2/health/live", "/v2/health/ready"):
+            assert client.get(path).status_code == 200
+        client.get("/models")
+    said = [record.getMessage() for record in log.records if record.name == "service.middleware"]
+    assert [line.split()[1] for line in said] == ["/models"]
 
 
 # ---- several models
@@ -326,6 +430,8 @@ def test_every_setting_is_in_the_readme_and_in_help() -> None:
     for name, default, meaning in settings_table():
         assert f"| `{name}` | {default} | {meaning} |" in readme
         assert name in shown
+    in_the_table = set(re.findall(r"^\| `(ENCNET_\w+)` \|", readme, re.MULTILINE))
+    assert in_the_table == set(re.findall(r"ENCNET_\w+(?=[: ])", shown.partition("Settings, from")[2]))
 
 
 def test_a_model_that_cannot_be_loaded_is_told_once_no_other_is_loading(

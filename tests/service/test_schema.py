@@ -1,11 +1,13 @@
 """Promise: the service does what its /openapi.json says, whatever is sent by that description or against it."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from live import serving
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -50,6 +52,20 @@ def check(api: schemathesis.BaseSchema, operation: str, mode: GenerationMode, ex
 def test_every_operation_is_in_this_suite(api: schemathesis.BaseSchema) -> None:
     described = {result.ok().label for result in api.get_all_operations()}
     assert described == {*QUESTIONS, *TAKING_INPUT}
+
+
+@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
+def test_a_body_that_does_not_come_is_answered_as_described(model_file: Path, path: str) -> None:
+    models = Models(Settings(model=model_file, device="cpu", threads=1, upload_timeout_ms=50))
+    models.start()
+    app = create_app(models=models)
+    with serving(app) as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 60) as connection:
+        form = "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 9\r\n"
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\n{form}\r\n--b".encode())
+        status = connection.recv(4096).split()[1].decode()
+    models.close()
+    assert status == "408"
+    assert status in app.openapi()["paths"][path]["post"]["responses"]
 
 
 @pytest.mark.parametrize("operation", QUESTIONS)

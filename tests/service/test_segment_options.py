@@ -592,6 +592,27 @@ def test_the_address_that_was_checked_is_the_one_connected_to(host: str, monkeyp
     assert connected == ["127.0.0.1"]
 
 
+def test_the_time_is_for_the_look_up_of_the_hosts_name_too(
+    client_with: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = threading.Event()
+
+    def look_up(*arguments: Any, **options: Any) -> list[Any]:
+        assert found.wait(60)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    body = {"image": {"url": "https://pictures.example/a.png"}}
+    with client_with(allow_urls=True, url_timeout_ms=100, timeout_ms=10_000) as client:
+        try:
+            answer, late = client.post("/segment", json=body), client.post("/segment?timeout_ms=1", json=body)
+        finally:
+            found.set()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "url_failed")
+    assert "could not be fetched: it took too long" in answer.json()["error"]["message"]
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_passed")
+
+
 def test_a_service_that_allows_urls_still_refuses_its_own_network(
     client_with: Callable[..., TestClient], host: str
 ) -> None:

@@ -14,11 +14,16 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from live import heed_ctrl_c, until
+from prometheus_client import Counter
 from tiny_model import encoded
 
 import service
-from service.server import DIED, listen
+from service.app import create_app
+from service.connections import Connection
+from service.models import Models
+from service.server import DIED, Server, listen
 from service.settings import Settings
 from service.supervisor import QUICK_DEATHS
 
@@ -97,6 +102,25 @@ def test_sigterm_under_load_finishes_what_was_accepted(serve: Serve, big: bytes)
         assert "retry-after" in refused.headers
         assert [answer.result(WAIT).status_code for answer in answers] == [200] * 8
     assert process.wait(WAIT) == 0
+
+
+def test_a_stop_in_the_moment_of_the_start_is_a_stop(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_up = uvicorn.Server.startup
+
+    async def told_to_stop_at_its_end(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+        await start_up(self, sockets)
+        self.handle_exit(signal.SIGTERM, None)
+
+    monkeypatch.setattr(uvicorn.Server, "startup", told_to_stop_at_its_end)
+    models = Models(settings)
+    models.start()
+    config = uvicorn.Config(create_app(models=models), http=Connection, lifespan="off", log_config=None)
+    with listen(Settings(port=0)) as listener:
+        Server(config, models, Counter("cut", "-", registry=None), lambda: print("ready")).run([listener])
+    models.close()
+    assert (models.draining, capsys.readouterr().out) == (True, "ready\n")
 
 
 def test_with_nothing_in_flight_a_stop_does_not_wait_for_the_grace_period(serve: Serve) -> None:
@@ -327,6 +351,47 @@ def test_a_stop_while_the_model_loads_is_no_crash(number: signal.Signals, model_
     process.send_signal(number)
     assert process.communicate(timeout=WAIT) == ("", None)
     assert process.returncode == 0
+
+
+LOADS_FOR_EVER_AGAIN = """
+from service import cli, models
+from service.engine import Engine
+
+loaded = []
+
+class Mortal(Engine):
+    def run(self, images, plan, *options):
+        if plan.flip:
+            raise SystemExit
+        return super().run(images, plan, *options)
+
+def load(path, settings):
+    if loaded:
+        print("loading again", flush=True)
+    while loaded:
+        Engine(path, "cpu", 1)
+    loaded.append(Mortal(path, "cpu", 1))
+    return loaded[0]
+
+models._open_engine = load
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("cause", ["a reload", "a death"])
+def test_a_stop_does_not_wait_for_a_model_that_loads_again(serve: Serve, model_file: Path, cause: str) -> None:
+    arguments = ["serve", "--port", "0", "--model", str(model_file)]
+    process, url = serve(command=[sys.executable, "-c", LOADS_FOR_EVER_AGAIN, *arguments])
+    if cause == "a reload":
+        process.send_signal(signal.SIGHUP)
+    else:
+        picture = encoded(np.zeros((4, 4, 3), np.uint8))
+        assert httpx.post(f"{url}/segment?flip=true", content=picture, timeout=WAIT).status_code == 503
+    assert process.stdout
+    assert "loading again\n" in process.stdout
+    process.terminate()
+    output, _ = process.communicate(timeout=WAIT)
+    assert process.returncode == 0, output
 
 
 @pytest.mark.parametrize(
