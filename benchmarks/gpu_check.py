@@ -43,7 +43,7 @@ TOTAL_SECONDS = 520
 SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 SANITIZER_FOUND = 9  # its exit status where it found an error
-# torch cuts tensors out of blocks of 2 MB and more, beyond whose ends alone memcheck sees; so each is a block of its own.
+# torch cuts tensors out of blocks of 2 MB and more, and memcheck sees only what leaves a block: let each have its own.
 WITHOUT_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING=1"
 
 CODE_FOLDERS = ("benchmarks", "export", "model", "service")
