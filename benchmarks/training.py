@@ -8,10 +8,10 @@ CPU something small. Other options as key=value, as model.train takes them. Comp
     matmul      plain PyTorch: eager, contiguous, a loop over the parameters as optimizer, Encoding in its matmul form
     broadcast   the same with the Encoding that most published code has; it materialises B·N·K·D numbers
 
-The share of the matmul rate is the step's floating-point operations, counted by PyTorch, over its time, relative to
-those of a large matrix product in the same type on the same device. Times are medians in milliseconds, each part
-waited for. On a GPU the kernels are built first. Results go to benchmarks/results/training-<device>.json, written as
-they come.
+The losses of their first steps show that all of them learn the same. The share of the matmul rate is the step's
+floating-point operations, counted by PyTorch, over its time, relative to those of a large matrix product in the same
+type on the same device. Times are medians in milliseconds, each part waited for. On a GPU the kernels are built first.
+Results go to benchmarks/results/training-<device>.json, written as they come.
 """
 
 import gc
@@ -123,6 +123,14 @@ def steps_in_turns(runs: dict[str, Run], batches: list[tuple[Tensor, Tensor]], r
     return times
 
 
+def first_losses(run: Run, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
+    """The losses of a run's first steps, one on each batch: what is faster has to learn the same.
+
+    Contenders begin with the same weights; dropout and rounding alone tell them apart.
+    """
+    return [round(run.train_step(*crops).total.item(), 4) for crops in batches]
+
+
 def parts_of_a_step(run: Run, rounds: int) -> dict[str, float]:
     """Medians in milliseconds: making the crops, forward pass with losses, backward pass, optimizer with average."""
     source = run.crops.batches(StepSampler(len(run.crops), run.recipe.batch, 10_000, 0))
@@ -223,16 +231,17 @@ def measure(recipe: dict[str, Any], data: Path, out: Path, rounds: int, keep: Ca
     source = run.crops.batches(StepSampler(len(run.crops), batch, 10_000, 0))
     crops = [next(source) for _ in range(4)]
 
+    losses: dict[str, list[float]] = {}
     for name in list(runs):  # one that cannot be compiled or does not fit leaves the others alone
         try:
-            runs[name].train_step(*crops[0])
-            finish(device)
+            losses[name] = first_losses(runs[name], crops)
             if device.type == "cuda":
                 keep({f"peak_gb_{name}": peak_memory(runs[name], crops[0])})
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # type: ignore[attr-defined]
             keep({f"not_run_{name}": str(error).strip().splitlines()[0][:300]})
             del runs[name]
             gc.collect()
+    keep({"first_losses": losses})
     best = runs[next(iter(runs))]
 
     half = best.recipe.precision != "fp32"

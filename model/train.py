@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,17 +121,26 @@ def evaluation_options(recipe: Recipe, processes: int) -> dict[str, Any]:
     return {"batch": batch, "precision": "fp32" if recipe.precision == "fp32" else "bf16"}
 
 
+@contextlib.contextmanager
+def sizes_differ() -> Iterator[None]:
+    """For pictures of any size: cuDNN does not try out each convolution's algorithms for every size that comes."""
+    searching = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = searching
+
+
 def validate(run: "Run") -> Evaluation:
     """The weights worth serving on the validation split, whole pictures at a single scale."""
     chosen = evaluation_options(run.recipe, run.processes)
     options = Options(split="val", base_size=run.recipe.base_size, **chosen)
     run.average.eval()
-    searching = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False  # a search of each convolution's algorithms for every size of picture
     try:
-        return evaluate(run.checkpoint(), run.average, run.validation, options, run.device)
+        with sizes_differ():
+            return evaluate(run.checkpoint(), run.average, run.validation, options, run.device)
     finally:
-        torch.backends.cudnn.benchmark = searching
         run.training_mode()
 
 
@@ -486,7 +495,8 @@ def report(run: Run, data: Path) -> None:
         words += [f"--{option}", str(value)]
     words += ["--layout", run.recipe.layout] if run.recipe.layout else []
     arguments = evaluate_command.parser().parse_args([str(run.out / "final.pt"), "--data", str(data), *words])
-    evaluate_command.run(arguments, run.console, run.console)
+    with sizes_differ():
+        evaluate_command.run(arguments, run.console, run.console)
 
 
 def check_data(root: Path, console: Console, layout: str) -> int:

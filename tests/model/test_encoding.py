@@ -105,9 +105,16 @@ def test_compiles_without_a_graph_break_and_exports_as_one_node():
 
 
 def test_initialisation_is_the_authors():
-    layer = Encoding(512, 32)
-    assert layer.codewords.abs().max() <= 1 / (32 * 512) ** 0.5
-    assert layer.scale.max() <= 0 and layer.scale.min() >= -1
+    """Uniform: a mean and a deviation of (highest - lowest) / sqrt(12), within their bounds."""
+    torch.manual_seed(0)
+    layers = [Encoding(512, 32) for _ in range(64)]
+    codewords, scales = (
+        torch.stack([getattr(layer, name).detach() for layer in layers]) for name in ("codewords", "scale")
+    )
+    for values, lowest, highest in ((codewords, -(2.0**-7), 2.0**-7), (scales, -1.0, 0.0)):  # 32 x 512 is 2^14
+        assert lowest <= float(values.min()) and float(values.max()) <= highest
+        assert float(values.mean()) == pytest.approx((lowest + highest) / 2, abs=0.03 * (highest - lowest))
+        assert float(values.std()) == pytest.approx((highest - lowest) / 12**0.5, rel=0.05)
 
 
 @pytest.mark.parametrize(

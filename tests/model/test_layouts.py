@@ -10,6 +10,7 @@ from PIL import Image
 
 from model import evaluate, train
 from model.data import DataError, leave_out, open_dataset, problems, repeats
+from model.layouts import coco_stuff
 from model.layouts.camvid import split_of
 from model.layouts.split import CLASSES, read_classes
 from tests.model import trees
@@ -107,13 +108,26 @@ def test_context_as_converted_pngs(tmp_path):
     assert open_dataset(root, "val").ids == ["2008_000003"]
 
 
+# Of the 459 categories of the full annotation, those that the 59 classes are.
+CONTEXT_CATEGORIES = {
+    2: "aeroplane", 9: "bag", 18: "bed", 19: "bedclothes", 22: "bench", 23: "bicycle", 25: "bird", 31: "boat",
+    33: "book", 34: "bottle", 44: "building", 45: "bus", 46: "cabinet", 59: "car", 65: "cat", 68: "ceiling",
+    72: "chair", 80: "cloth", 85: "computer", 98: "cow", 104: "cup", 105: "curtain", 113: "dog", 115: "door",
+    144: "fence", 158: "floor", 159: "flower", 162: "food", 187: "grass", 189: "ground", 207: "horse", 220: "keyboard",
+    232: "light", 258: "motorbike", 259: "mountain", 260: "mouse", 284: "person", 295: "plate", 296: "platform",
+    308: "pottedplant", 324: "road", 326: "rock", 347: "sheep", 349: "shelves", 354: "sidewalk", 355: "sign",
+    360: "sky", 366: "snow", 368: "sofa", 397: "table", 415: "track", 416: "train", 420: "tree", 424: "truck",
+    427: "tvmonitor", 440: "wall", 445: "water", 454: "window", 458: "wood",
+}  # fmt: skip
+
+
 def test_context_as_the_authors_read_it(tmp_path):
-    """Categories of the full annotation: 2 aeroplane, 23 bicycle, 284 person, 458 wood."""
-    root = trees.write_context_json(tmp_path, labels([0, 2, 23, 284, 458]))
-    data = open_dataset(root, "val")
+    raw = list(CONTEXT_CATEGORIES)
+    data = open_dataset(trees.write_context_json(tmp_path, labels([0, *raw[:30]], raw[30:])), "val")
     assert data.ids == ["2008_000003"]
-    mask = corner(data, 5)
-    assert [data.classes[index] for index in mask[1:]] == ["aeroplane", "bicycle", "person", "wood"] and mask[0] == 255
+    background, *first = corner(data, 31)
+    names = [data.classes[index] for index in [*first, *corner(data, 29, row=1)]]
+    assert background == 255 and names == list(CONTEXT_CATEGORIES.values())
     assert data.load(0)[1].shape == (32, 40)
 
 
@@ -149,13 +163,21 @@ def test_context_in_the_order_of_the_data_sets_authors(tmp_path):
         open_dataset(tmp_path, "train")
 
 
+CITYSCAPES_IDS = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
+    20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck",
+    28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
+}  # fmt: skip
+
+
 def test_cityscapes_label_ids(tmp_path):
-    raw = labels([0, 7, 8, 6, 11, 26, 29, 33, 255])
-    data = open_dataset(trees.write_cityscapes(tmp_path, raw), "train")
+    """34 ids, and 255: the licence plate, whose id is -1."""
+    data = open_dataset(trees.write_cityscapes(tmp_path, labels([*range(34), 255])), "train")
     assert data.layout == "cityscapes" and data.ids == ["aachen/aachen_000000_000019", "ulm/ulm_000000_000019"]
-    assert corner(data, 9) == [255, 0, 1, 255, 2, 13, 255, 18, 255]
-    assert [data.classes[index] for index in (0, 1, 2, 13, 18)] == ["road", "sidewalk", "building", "car", "bicycle"]
-    assert len(data.classes) == 19 and len(open_dataset(tmp_path, "val")) == 1
+    assert data.classes == list(CITYSCAPES_IDS.values()), "in the order of the train ids"
+    *found, plate = (data.classes[index] if index != 255 else None for index in corner(data, 35))
+    assert found == [CITYSCAPES_IDS.get(raw) for raw in range(34)] and plate is None
+    assert len(open_dataset(tmp_path, "val")) == 1
     with pytest.raises(DataError, match="not public"):
         open_dataset(tmp_path, "test")
 
@@ -188,6 +210,12 @@ def test_coco_stuff(tmp_path, pictures, maps):
 def test_coco_stuff_id_that_is_not_in_use(tmp_path):
     data = open_dataset(trees.write_coco_stuff(tmp_path, labels([0, 11, 182])), "val")
     assert "of which 11 are not in use) or 255 (unlabelled), found 11, 182" in next(problems(data))
+
+
+def test_coco_stuff_ids_that_are_not_in_use():
+    """Street sign, hat, shoe, eye glasses, plate, mirror, window, desk, door, blender, hair brush: ids less 1."""
+    unused = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
+    assert coco_stuff.RULE.classes.keys() == {*range(182), 255} - unused
 
 
 # Every class of the original by its colour in label_colors.txt, with the class it becomes.

@@ -10,6 +10,7 @@ from model.layouts import LAYOUTS
 from model.layouts.camvid import NAMES
 from model.layouts.split import CLASSES, read_classes
 from model.recipe import Recipe, read_recipe
+from model.train_cifar import CifarRecipe
 
 RECIPES = Path(__file__).parents[2] / "model" / "recipes"
 FILES = sorted(RECIPES.glob("*.toml"))
@@ -27,6 +28,11 @@ AUTHORS = {
     "cityscapes-resnet50s": (0.01, 240, 2048, 768, False),
     "coco-stuff-resnet50s": (0.004, 30, 520, 480, True),
 }
+# What they do not have, as it is when it is off.
+NOT_THE_AUTHORS = {
+    "detail": 0, "stage3_presence": False, "drop_path": 0, "gamma": 0, "white_balance": 0, "layer_decay": 1,
+    "freeze": "", "unfreeze_every": 0, "clip": 0, "ema": 0, "accumulate": 1, "label_smoothing": 0, "class_balance": 0,
+}  # fmt: skip
 
 
 def read(stem: str) -> Recipe:
@@ -72,6 +78,13 @@ def test_the_authors_recipes_have_their_figures(stem):
     assert (recipe.presence_weight, recipe.auxiliary_weight, recipe.dropout) == (0.2, 0.2, 0.1)
     assert (recipe.channels, recipe.codewords, recipe.output_stride) == (512, 32, 8)
     assert recipe.align_corners and recipe.auxiliary and not recipe.reference_positions
+    assert {name: getattr(recipe, name) for name in NOT_THE_AUTHORS} == NOT_THE_AUTHORS
+
+
+def test_the_cifar_recipe_is_the_authors():
+    recipe = CifarRecipe()
+    assert (recipe.learning_rate, recipe.momentum, recipe.weight_decay) == (0.1, 0.9, 1e-4)
+    assert (recipe.batch, recipe.epochs) == (128, 600)
 
 
 @pytest.mark.parametrize("stem", ["camvid-full-resnet18c", "msrc21-resnet18c"])

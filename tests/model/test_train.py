@@ -98,6 +98,26 @@ def test_a_run_is_worked_off_in_pieces_and_its_figures_stand_beside_its_weights(
     assert totals["miou"] == pytest.approx(curves["validation"][-1]["miou"], abs=1e-6)
 
 
+def test_only_training_searches_the_fastest_algorithms_for_a_size(scenes, tmp_path, monkeypatch):
+    """As on a GPU: crops have one size, and the pictures of an evaluation many."""
+    searched = {}
+
+    def noting(name, function):
+        def note(*given, **options):
+            searched.setdefault(name, set()).add(torch.backends.cudnn.benchmark)
+            return function(*given, **options)
+
+        return note
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(train.Run, "train_step", noting("step", train.Run.train_step))
+    monkeypatch.setattr(train, "evaluate", noting("validation", train.evaluate))
+    monkeypatch.setattr(train.evaluate_command, "evaluate", noting("report", train.evaluate_command.evaluate))
+    assert train.main(["--data", str(scenes), "--out", str(tmp_path / "run"), *TINY, "evaluate_every=1"]) == 0
+    assert searched == {"step": {True}, "validation": {False}, "report": {False}}
+    assert torch.backends.cudnn.benchmark
+
+
 def test_a_run_of_fewer_steps_than_log_every_has_its_last_loss(scenes, tmp_path):
     out = tmp_path / "run"
     assert train.main(["--data", str(scenes), "--out", str(out), *TINY, "epochs=1", "log_every=20"]) == 0

@@ -173,3 +173,17 @@ def test_training_crops_are_drawn_by_the_recipes_augmentation(scenes: Path, mirr
         scenes, scale_min=0.75, scale_max=1.5, mirror=mirror, rotation=7.0, jitter=0.2, gamma=0.4, white_balance=0.1
     )
     assert run.crops.options == Augmentation(32, 48, (0.75, 1.5), mirror, 7.0, 0.2, 0.4, 0.1)
+
+
+def test_processes_begin_with_the_same_weights_and_draw_dropout_each_for_itself(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+    for rank in ("0", "1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        run = start(scenes, seed=4)
+        begun.append((state(run.network), torch.rand(8, device=run.device)))
+    for weights, _ in begun:
+        torch.testing.assert_close(weights, begun[0][0], rtol=0, atol=0)
+    first, second, again = (drawn for _, drawn in begun)
+    assert torch.equal(first, again) and not torch.equal(first, second)

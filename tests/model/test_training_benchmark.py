@@ -12,10 +12,13 @@ from model.encoding import Encoding
 def test_every_part_and_contender_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "CLASSES", 5)
     file = tmp_path / "training.json"
-    words = ["channels=16", "codewords=4", "crop=48", "base_size=64"]
+    words = ["channels=16", "codewords=4", "crop=48", "base_size=64", "dropout=0.0"]
     assert training.main([*words, "--rounds", "2", "--pictures", "4", "--output", str(file)]) == 0
     found = json.loads(file.read_text())
     assert found["step_ms"].keys() == {"eager", "matmul", "broadcast"}
+    losses = found["first_losses"]
+    assert losses["matmul"] == pytest.approx(losses["eager"], abs=2e-3)
+    assert losses["broadcast"] == pytest.approx(losses["eager"], abs=2e-3)
     assert found["times_faster_than"].keys() == {"matmul", "broadcast"}
     assert found["parts_ms"].keys() == {"data", "forward", "backward", "optimizer"}
     assert min(*found["step_ms"].values(), *found["parts_ms"].values(), found["matmul_tflops"]) > 0
