@@ -112,6 +112,14 @@ class BatchAnswer(BaseModel):
     items: list[ItemAnswer]
 
 
+class Segment(BaseModel):
+    """One class of a picture, as Hugging Face's clients read it."""
+
+    label: str = Field(description="Name of the class.")
+    score: float = Field(description="Score of being in the scene, 0..1.")
+    mask: str = Field(description="Grey PNG file in base64, 255 where the class is and 0 elsewhere.")
+
+
 class ClassEntry(BaseModel):
     """One class of the model."""
 

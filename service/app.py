@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from service import __version__, tracing
 from service.errors import ServiceError
+from service.hugging_face import hugging_face_router
 from service.info_routes import info_router
 from service.metrics import Metrics
 from service.middleware import RequestContext, error_response, fault_response
@@ -69,6 +70,7 @@ def create_app(settings: Settings | None = None, models: Models | None = None) -
     app.add_exception_handler(RequestValidationError, _validation_error)
 
     app.include_router(segment_router(models, metrics))
+    app.include_router(hugging_face_router(models, metrics))
     app.include_router(info_router(models, metrics))
     app.include_router(oip_router(models, metrics))
     app.include_router(page_router(models))

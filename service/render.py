@@ -43,6 +43,14 @@ def mask_png(
     return buffer.getvalue()
 
 
+def class_png(where: np.ndarray) -> bytes:
+    """bool (H, W) -> grey PNG, 255 where it is true."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(where.view(np.uint8) * np.uint8(255))
+    image.save(buffer, "PNG", compress_level=_LEVEL, compress_type=_RUN_LENGTH)
+    return buffer.getvalue()
+
+
 def overlay_picture(
     pixels: np.ndarray,
     mask: np.ndarray,

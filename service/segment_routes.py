@@ -101,7 +101,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
     )
     async def segment(request: Request) -> Response:
         started = time.perf_counter()
-        _check_not_compressed(request)
+        check_not_compressed(request)
         upload = await read_upload(request, settings, models.workers)
         options = parse_options(upload.options, settings)
         format_, media_type = choose_format(", ".join(request.headers.getlist("accept")), options.format)
@@ -117,12 +117,12 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
             ):
 
                 def write(abandoned: Callable[[], bool]) -> tuple[Labelled, Encoded]:
-                    labelled = _labelled(pipeline, result, options)
+                    labelled = label(pipeline, result, options)
                     return labelled, _encoded(request, labelled, format_, media_type, abandoned)
 
                 answer = await pipeline.encode(result, format_, write, deadline, departed)
         (labelled, encoded), waited, encode_ms = answer
-        timings = _timings(result, waited, encode_ms, started, metrics)
+        timings = count_phases(result, waited, encode_ms, started, metrics)
         headers = cost_headers(result.work.cost, result.predicted_ms, timings.model_dump()) | {"Vary": "Accept"}
         if isinstance(encoded, bytes):
             return Response(encoded, media_type=media_type, headers=headers)
@@ -144,7 +144,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
     )
     async def segment_batch(request: Request) -> Response:
         arrived = time.perf_counter()
-        _check_not_compressed(request)
+        check_not_compressed(request)
         uploads = await read_uploads(request, settings.max_bytes, settings.max_items)
         options = parse_options(uploads[0].options, settings)
         format_ = options.format or "json"
@@ -163,7 +163,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
                 async with segmented as result:
 
                     def write(abandoned: Callable[[], bool]) -> tuple[Labelled, PngMask | RleMask]:
-                        labelled = _labelled(pipeline, result, options)
+                        labelled = label(pipeline, result, options)
                         return labelled, _mask_part(labelled, format_)
 
                     return result, await pipeline.encode(result, format_, write, deadline, departed)
@@ -176,7 +176,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
                     metrics.batch_faults.labels(error.code).inc()
                     fault = Fault(code=error.code, message=error.message, request_id=request.state.request_id)
                     return ItemAnswer(name=upload.name, error=fault)
-                timings = _timings(result, waited, encode_ms, started, metrics)
+                timings = count_phases(result, waited, encode_ms, started, metrics)
                 return ItemAnswer(name=upload.name, answer=_answer(request, labelled, mask, timings))
 
         with models.hold(options.model) as pipeline:  # for all of them: what is in flight is finished
@@ -191,7 +191,7 @@ def segment_router(models: Models, metrics: Metrics) -> APIRouter:
     return router
 
 
-def _check_not_compressed(request: Request) -> None:
+def check_not_compressed(request: Request) -> None:
     """Raise InputError for a body with a Content-Encoding: pictures are compressed already."""
     encoding = ", ".join(request.headers.getlist("content-encoding")).strip()
     if encoding.lower() not in ("", "identity"):
@@ -200,7 +200,8 @@ def _check_not_compressed(request: Request) -> None:
         )
 
 
-def _labelled(pipeline: Pipeline, result: Result, options: Options) -> Labelled:
+def label(pipeline: Pipeline, result: Result, options: Options) -> Labelled:
+    """The label map as these options ask for it."""
     engine = pipeline.engine
     ids = chosen_classes(options, engine.metadata.classes)
     threshold = pipeline.settings.threshold if options.threshold is None else options.threshold
@@ -262,7 +263,7 @@ def _answer(
     return SegmentAnswer(**_facts(request, labelled), mask=mask, timing_ms=timings)
 
 
-def _timings(result: Result, waited: float, encode_ms: float, started: float, metrics: Metrics) -> Timings:
+def count_phases(result: Result, waited: float, encode_ms: float, started: float, metrics: Metrics) -> Timings:
     """The phases of one picture, counted as they are put together."""
     timings = Timings(
         decode=result.timings["decode"],

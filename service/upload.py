@@ -34,8 +34,13 @@ _MAX_COMMAS = 10_000  # in JSON, which has one between two values; base64 has no
 _SHORT_JSON = 64 * 1024  # bytes, read on the event loop sooner than a thread would begin
 _URI_HEAD = r"data:[\w.+/-]{0,255}(;[\w=.+-]{1,255}){0,8};base64,"
 _DATA_URI = re.compile(_URI_HEAD, re.ASCII)
-_IMAGE = re.compile(rb'"image"\s*:\s*"' + _URI_HEAD.encode())
+_HEADS = {  # what stands before a picture's base64, by the name of its member
+    "image": re.compile(rb'"image"\s*:\s*"' + _URI_HEAD.encode()),
+    "inputs": re.compile(rb'"inputs"\s*:\s*"(?:' + _URI_HEAD.encode() + rb")?"),
+}
 _BASE64_PIECE = 2**20  # characters decoded at once
+
+Pairs = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,16 @@ class Upload:
     name: str = ""
 
 
-async def read_upload(request: Request, settings: Settings, workers: ThreadPoolExecutor) -> Upload:
+async def read_upload(
+    request: Request,
+    settings: Settings,
+    workers: ThreadPoolExecutor,
+    read_json: Callable[[bytes, Pairs], Upload] | None = None,
+) -> Upload:
     """Read a multipart form, a JSON object, or any other body as the picture itself.
 
-    In a form the picture is the file field `image` (or `file`), in JSON the data URI `image`, or `{"url": ...}`.
-    Long JSON is read by one of the `workers`.
+    In a form the picture is the file field `image` (or `file`). JSON is read with the options of the query by
+    `read_json`, `described` where none is given; long JSON by one of the `workers`.
 
     Raises InputError with code too_many_bytes, missing_image, several_images, invalid_body, unsupported or
     contradicting_options, and Refusal where no worker is free in time.
@@ -66,7 +76,7 @@ async def read_upload(request: Request, settings: Settings, workers: ThreadPoolE
     if kind == "application/json":
         error = too_many_bytes(max_bytes)
         body = await within(request, max_bytes * 4 // 3 + _FORM_OVERHEAD, error).body()
-        read = partial(_from_json, body, query)
+        read = partial(read_json or described, body, query)
         if len(body) <= _SHORT_JSON:
             return read()
         return (await in_pool(workers, read, time.monotonic() + settings.max_timeout_ms / 1000))[0]
@@ -155,8 +165,42 @@ def _split(form: FormData) -> tuple[list[UploadFile], list[tuple[str, str]]]:
     return pictures, options
 
 
-def _from_json(body: bytes, query: list[tuple[str, str]]) -> Upload:
-    text, span = _taken_apart(body)
+def described(body: bytes, query: Pairs) -> Upload:
+    """JSON whose `image` is a data URI, or `{"url": ...}`, with the options beside it. Raises as `read_upload` does."""
+    members, span = _members(body, "image")
+    options = query + option_pairs((name, value) for name, value in members if name != "image")
+    image = _only("image", members)
+    if not (isinstance(image, str) or _is_by_url(image)):
+        raise InputError("missing_image", 'the body has no picture: set image to a data URI, or to {"url": ...}')
+    if _is_by_url(image):
+        return Upload(b"", options, url=image[0][1])
+    head = _DATA_URI.match(image)
+    if not head:
+        raise InputError("missing_image", "image must be a data URI, as in data:image/png;base64,iVBORw0...")
+    return Upload(_picture("image", body, span, image, head.end()), options)
+
+
+def with_inputs(body: bytes, query: Pairs) -> Upload:
+    """JSON as Hugging Face's clients send it: base64 in `inputs`, with or without the head of a data URI, and the
+    options in `parameters`; `options`, about their own service, are passed over. Raises as `read_upload` does.
+    """
+    members, span = _members(body, "inputs")
+    unknown = [name for name, _ in members if name not in ("inputs", "parameters", "options")]
+    if unknown:
+        raise InputError("unknown_option", f"unknown member {unknown[0][:64]!r}; there are inputs and parameters")
+    inputs, parameters = _only("inputs", members), _only("parameters", members)
+    if not isinstance(inputs, str):
+        raise InputError("missing_image", "the body has no picture: set inputs to the file in base64")
+    if parameters is not None and not isinstance(parameters, tuple):
+        raise InputError("invalid_body", "parameters must be a JSON object")
+    head = _DATA_URI.match(inputs)
+    picture = _picture("inputs", body, span, inputs, head.end() if head else 0)
+    return Upload(picture, query + option_pairs(parameters or ()))
+
+
+def _members(body: bytes, name: str) -> tuple[tuple[tuple[str, Any], ...], tuple[int, int] | None]:
+    """The members of an object in JSON, and what `_taken_apart` says of the base64 in that name. Raises InputError."""
+    text, span = _taken_apart(body, name)
     if text.count(b",") > _MAX_COMMAS:  # everything would stand still while millions of values are read
         raise InputError("invalid_body", "the JSON has far more values than there are options")
     try:
@@ -164,44 +208,45 @@ def _from_json(body: bytes, query: list[tuple[str, str]]) -> Upload:
     except (ValueError, RecursionError):
         raise InputError("invalid_body", "the body is not JSON, which its Content-Type says it is") from None
     if not isinstance(members, tuple):
-        raise InputError("invalid_body", 'the body must be a JSON object, as in {"image": "data:image/png;base64,..."}')
-    options = query + option_pairs((name, value) for name, value in members if name != "image")
-    images = [value for name, value in members if name == "image" and value is not None]
-    if not images or not all(isinstance(image, str) or _is_by_url(image) for image in images):
-        raise InputError("missing_image", 'the body has no picture: set image to a data URI, or to {"url": ...}')
-    image = images[0]
-    if any(other != image for other in images):
-        raise InputError("contradicting_options", "image is given twice, and not the same")
-    if _is_by_url(image):
-        return Upload(b"", options, url=image[0][1])
-    head = _DATA_URI.match(image)
-    if not head:
-        raise InputError("missing_image", "image must be a data URI, as in data:image/png;base64,iVBORw0...")
+        raise InputError("invalid_body", f'the body must be a JSON object, as in {{"{name}": ...}}')
+    return members, span
+
+
+def _only(name: str, members: tuple[tuple[str, Any], ...]) -> Any:
+    """The member of this name, None where there is none. Raises InputError for two that differ."""
+    values = [value for other, value in members if other == name and value is not None]
+    if any(value != values[0] for value in values):
+        raise InputError("contradicting_options", f"{name} is given twice, and not the same")
+    return values[0] if values else None
+
+
+def _picture(name: str, body: bytes, span: tuple[int, int] | None, text: str, start: int) -> bytes:
+    """The base64 of a member, which begins at `start` of its text where `span` does not tell its place in the body."""
     try:
         if span is None:
-            return Upload(_decoded(image.encode("ascii"), head.end(), len(image), string.whitespace), options)
-        return Upload(_decoded(body, *span, blanks=" "), options)  # all else must be escaped in a string of JSON
+            return _decoded(text.encode("ascii"), start, len(text), string.whitespace)
+        return _decoded(body, *span, blanks=" ")  # all else must be escaped in a string of JSON
     except ValueError:
-        raise InputError("invalid_body", "the data URI in image is not valid base64") from None
+        raise InputError("invalid_body", f"the base64 in {name} is not valid") from None
 
 
 def _is_by_url(image: Any) -> bool:
     return isinstance(image, tuple) and [name for name, _ in image] == ["url"] and isinstance(image[0][1], str)
 
 
-def _taken_apart(body: bytes) -> tuple[bytes, tuple[int, int] | None]:
-    """The JSON without the base64 of its picture, and where that begins and ends in the body; the whole body and None
-    where bytes alone do not tell.
+def _taken_apart(body: bytes, name: str) -> tuple[bytes, tuple[int, int] | None]:
+    """The JSON without the base64 in the member of this name, and where that begins and ends in the body; the whole
+    body and None where bytes alone do not tell.
 
     Python's lock is held for as long as a string in JSON is walked.
     """
-    head = _IMAGE.search(body)
+    head = _HEADS[name].search(body)
     if head is None or b"\\" in body:
         return body, None
     start = head.end()
     end = body.find(b'"', start)
     rest = body[:start] + body[end:]
-    if end < 0 or rest.count(b'"image"') > 1:
+    if end < 0 or rest.count(f'"{name}"'.encode()) > 1:
         return body, None
     return rest, (start, end)
 

@@ -16,7 +16,7 @@ from service.models import Models
 from service.settings import Settings
 
 QUESTIONS = ("GET /livez", "GET /readyz", "GET /healthz", "GET /metrics", "GET /models")
-TAKING_INPUT = ("GET /classes", "POST /segment", "POST /segment/batch")
+TAKING_INPUT = ("GET /classes", "POST /segment", "POST /segment/batch", "POST /hf")
 
 # What the description calls binary data may be no picture, and a sentence about that is the right answer to it.
 EXCLUDED = [positive_data_acceptance, schemathesis.checks.not_a_server_error]
@@ -54,7 +54,7 @@ def test_every_operation_is_in_this_suite(api: schemathesis.BaseSchema) -> None:
     assert described == {*QUESTIONS, *TAKING_INPUT}
 
 
-@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
+@pytest.mark.parametrize("path", ["/segment", "/segment/batch", "/hf"])
 def test_a_body_that_does_not_come_is_answered_as_described(model_file: Path, path: str) -> None:
     models = Models(Settings(model=model_file, device="cpu", threads=1, upload_timeout_ms=50))
     models.start()

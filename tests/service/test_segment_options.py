@@ -298,12 +298,12 @@ def test_json_without_its_picture_says_what_the_whole_says(
 
     def outcome() -> Any:
         try:
-            return upload._from_json(sent, [("flip", "true")])
+            return upload.described(sent, [("flip", "true")])
         except InputError as error:
             return error.code, error.message
 
     apart = outcome()
-    monkeypatch.setattr(upload, "_taken_apart", lambda body: (body, None))
+    monkeypatch.setattr(upload, "_taken_apart", lambda body, name: (body, None))
     assert apart == outcome()
 
 
@@ -312,7 +312,7 @@ def test_the_picture_in_json_is_walked_once(quadrants: np.ndarray, monkeypatch: 
     load = upload.load_json
     monkeypatch.setattr(upload, "load_json", lambda text, **hooks: walked.append(len(text)) or load(text, **hooks))
     body = json.dumps({"image": data_uri(quadrants), "flip": True}).encode()
-    assert upload._from_json(body, []).picture == encoded(quadrants)
+    assert upload.described(body, []).picture == encoded(quadrants)
     assert walked == [len('{"image": "data:image/png;base64,", "flip": true}')]
 
 
