@@ -41,7 +41,7 @@ from model.arguments import at_least_one
 from model.encoding import Encoding, backend, encode_reference
 from model.pictures import StepSampler
 from model.recipe import Recipe, RecipeError, read_recipe
-from model.train import Run, validate
+from model.run import Run, validate
 
 PICTURES, PICTURE_SIZE, CLASSES = 32, (480, 640), 150
 ON_A_GPU = ["backbone=resnet50s", "crop=480", "batch=16", "precision=bf16", "compile=true", "ema=0.999"]

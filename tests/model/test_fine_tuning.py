@@ -14,6 +14,7 @@ from model.encnet import EncNet
 from model.fine_tuning import PARTS, backbone_parts, frozen_parts
 from model.recipe import Recipe, RecipeError
 from model.resnet import ResNet
+from model.run import Run, make_optimizer
 from tests.model.folders import write_scenes
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ def watched(monkeypatch):
         stop_at = -1
         changed: dict[int, list[str]] = {}  # noqa: RUF012
 
-    step = train.Run.train_step
+    step = Run.train_step
 
     def snapshot(run):
         parts = backbone_parts(run.network.backbone) | {"head": [run.network.head]}
@@ -69,7 +70,7 @@ def watched(monkeypatch):
         return losses
 
     Watch.changed = {}
-    monkeypatch.setattr(train.Run, "train_step", train_step)
+    monkeypatch.setattr(Run, "train_step", train_step)
     return Watch
 
 
@@ -129,7 +130,7 @@ def test_two_processes_thaw_as_one_does(given, tmp_path):
 def test_every_parameter_learns_at_its_stated_rate():
     network = EncNet(ModelConfig(3, "resnet18", channels=8, codewords=2))
     recipe = Recipe(backbone="resnet18", learning_rate=0.08, layer_decay=0.5, head_rate=10.0)
-    groups = train.make_optimizer(network, recipe).param_groups
+    groups = make_optimizer(network, recipe).param_groups
     rates = {id(parameter): group["base_rate"] for group in groups for parameter in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(rates) == len(list(network.parameters()))
     expected = {"conv1": 0.005, "bn1": 0.005, "layer1": 0.01, "layer2": 0.02, "layer3": 0.04, "layer4": 0.08}
@@ -140,7 +141,7 @@ def test_every_parameter_learns_at_its_stated_rate():
 
 def test_without_decay_the_groups_are_backbone_and_head():
     network = EncNet(ModelConfig(3, "resnet18", channels=8, codewords=2))
-    backbone, head = train.make_optimizer(network, Recipe(backbone="resnet18")).param_groups
+    backbone, head = make_optimizer(network, Recipe(backbone="resnet18")).param_groups
     assert backbone["params"] == list(network.backbone.parameters()) and backbone["base_rate"] == 0.01
     assert len(backbone["params"]) + len(head["params"]) == len(list(network.parameters()))
     assert head["base_rate"] == pytest.approx(0.1)

@@ -14,6 +14,7 @@ from model import train
 from model.checkpoint import load_checkpoint
 from model.command import finish
 from model.files import replacing
+from model.run import Run
 from model.stopping import stop_signals
 from tests.model.folders import write_scenes
 
@@ -39,16 +40,16 @@ def test_a_run_that_is_told_to_stop_saves_after_its_step_and_goes_on_exactly(
     number: int,
     status: int,
 ) -> None:
-    step = train.Run.train_step
+    step = Run.train_step
 
-    def interrupted(run: train.Run, images: torch.Tensor, masks: torch.Tensor) -> object:
+    def interrupted(run: Run, images: torch.Tensor, masks: torch.Tensor) -> object:
         if run.step == 4:
             signal.raise_signal(number)
         return step(run, images, masks)
 
     options = ["--data", str(scenes), "log_every=1", "--out"]
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "train_step", interrupted)
+        patch.setattr(Run, "train_step", interrupted)
         assert train.main([*options, str(tmp_path / "stopped"), *TINY]) == status
     assert "stopped at step 5 of 9; --resume goes on" in capsys.readouterr().out
     assert train.main([*options, str(tmp_path / "stopped"), "--resume"]) == 0

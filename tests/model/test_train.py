@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from model import train
+from model import evaluate, evaluation, train
 from model.checkpoint import build_model, load_checkpoint
 from model.config import ModelConfig
 from model.encnet import EncNet, Outputs
 from model.losses import encnet_loss
 from model.processes import restarted
 from model.recipe import Recipe, RecipeError, read_recipe
+from model.run import Run, class_weights, evaluation_options, learning_rate_factor
 from tests.model.folders import write_scenes
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +29,13 @@ TINY = [
 KILLED_AT_STEP_5 = """
 import os, signal, sys
 from model import train
-step = train.Run.train_step
+from model.run import Run
+step = Run.train_step
 def train_step(run, images, masks):
     if run.step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(run, images, masks)
-train.Run.train_step = train_step
+Run.train_step = train_step
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -110,9 +112,9 @@ def test_only_training_searches_the_fastest_algorithms_for_a_size(scenes, tmp_pa
         return note
 
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    monkeypatch.setattr(train.Run, "train_step", noting("step", train.Run.train_step))
-    monkeypatch.setattr(train, "evaluate", noting("validation", train.evaluate))
-    monkeypatch.setattr(train.evaluate_command, "evaluate", noting("report", train.evaluate_command.evaluate))
+    monkeypatch.setattr(Run, "train_step", noting("step", Run.train_step))
+    monkeypatch.setattr("model.run.evaluate", noting("validation", evaluation.evaluate))
+    monkeypatch.setattr(evaluate, "evaluate", noting("report", evaluate.evaluate))
     assert train.main(["--data", str(scenes), "--out", str(tmp_path / "run"), *TINY, "evaluate_every=1"]) == 0
     assert searched == {"step": {True}, "validation": {False}, "report": {False}}
     assert torch.backends.cudnn.benchmark
@@ -180,12 +182,13 @@ KILLED_ONCE = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 from model import train
-step = train.Run.train_step
+from model.run import Run
+step = Run.train_step
 def train_step(run, images, masks):
     if run.step == 5 and run.rank == run.processes - 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return step(run, images, masks)
-train.Run.train_step = train_step
+Run.train_step = train_step
 sys.exit(train.main(sys.argv[1:]))
 """
 STEPS = ["batch=4", "accumulate=1", "epochs=8", "optimizer=sgd", "learning_rate=0.01", "workers=0"]
@@ -254,11 +257,11 @@ def test_class_weights_balance_the_classes_that_occur(exponent):
         def label_counts(self, classes):
             return torch.tensor([900, 0, 100])
 
-    weights = train.class_weights(Crops(), 3, exponent)
+    weights = class_weights(Crops(), 3, exponent)
     assert float(weights[1]) == 1
     assert float(0.9 * weights[0] + 0.1 * weights[2]) == pytest.approx(1)
     assert float(weights[2] / weights[0]) == pytest.approx(9**exponent)
-    assert train.class_weights(Crops(), 3, 0.0) is None
+    assert class_weights(Crops(), 3, 0.0) is None
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(scenes, tmp_path, capsys):
@@ -535,23 +538,23 @@ def test_committed_recipes_are_valid(path):
 
 def test_learning_rate_schedules():
     poly = Recipe(warmup=10, power=0.9)
-    assert train.learning_rate_factor(0, 110, poly) == pytest.approx(0.1)
-    assert train.learning_rate_factor(9, 110, poly) == pytest.approx(1.0)
-    assert train.learning_rate_factor(60, 110, poly) == pytest.approx(0.5**0.9)
+    assert learning_rate_factor(0, 110, poly) == pytest.approx(0.1)
+    assert learning_rate_factor(9, 110, poly) == pytest.approx(1.0)
+    assert learning_rate_factor(60, 110, poly) == pytest.approx(0.5**0.9)
     cosine = Recipe(schedule="cosine")
-    assert train.learning_rate_factor(50, 100, cosine) == pytest.approx(0.5)
+    assert learning_rate_factor(50, 100, cosine) == pytest.approx(0.5)
     for recipe in (poly, cosine):
-        assert train.learning_rate_factor(150, 100, recipe) == 0, "past the end"
+        assert learning_rate_factor(150, 100, recipe) == 0, "past the end"
 
 
 @pytest.mark.parametrize(("accumulate", "processes", "pictures"), [(1, 1, 16), (2, 4, 2), (4, 8, 1)])
 def test_evaluations_run_as_many_pictures_as_training_does(accumulate, processes, pictures):
-    assert train.evaluation_options(Recipe(batch=16, accumulate=accumulate), processes)["batch"] == pictures
+    assert evaluation_options(Recipe(batch=16, accumulate=accumulate), processes)["batch"] == pictures
 
 
 @pytest.mark.parametrize(("training", "evaluating"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "bf16")])
 def test_evaluations_have_the_precision_that_the_command_offers(training, evaluating):
-    assert train.evaluation_options(Recipe(precision=training), 1)["precision"] == evaluating
+    assert evaluation_options(Recipe(precision=training), 1)["precision"] == evaluating
 
 
 def test_help_names_every_option_with_its_default(capsys):

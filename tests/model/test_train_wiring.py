@@ -12,12 +12,12 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from model import train
 from model.augment import Augmentation
 from model.checkpoint import load_checkpoint
 from model.encnet import Outputs
 from model.losses import Losses
 from model.recipe import Recipe
+from model.run import Run
 from tests.model.folders import write_scenes
 
 PIXELS = (36, 9, 3)  # of every 48 in the data set, by class
@@ -37,11 +37,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(data: Path, out: Path = Path(), **options: Any) -> train.Run:
-    return train.Run(Recipe(**TINY | options), data, out, Console(quiet=True))
+def start(data: Path, out: Path = Path(), **options: Any) -> Run:
+    return Run(Recipe(**TINY | options), data, out, Console(quiet=True))
 
 
-def crops(run: train.Run) -> tuple[Tensor, Tensor]:
+def crops(run: Run) -> tuple[Tensor, Tensor]:
     """Noise, labelled 0 in its upper half and 1 in its lower."""
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=run.device)
     masks = torch.zeros(2, 32, 32, dtype=torch.uint8, device=run.device)
@@ -49,7 +49,7 @@ def crops(run: train.Run) -> tuple[Tensor, Tensor]:
     return images, masks
 
 
-def total_loss(run: train.Run) -> float:
+def total_loss(run: Run) -> float:
     """Of a step whose network gives each pixel the probabilities 1/2, 1/4, 1/4 and is undecided otherwise.
 
     So the loss is log 2 at pixels of class 0, log 4 at those of class 1, log 3 at the auxiliary head's, and log 2 for
@@ -67,7 +67,7 @@ def total_loss(run: train.Run) -> float:
     return float(run.train_step(*crops(run)).total)
 
 
-def step_with(run: train.Run, gradients: Mapping[str, Tensor | float]) -> None:
+def step_with(run: Run, gradients: Mapping[str, Tensor | float]) -> None:
     """A training step whose loss has these gradients at the parameters of these names, and none at others."""
 
     def objective(outputs: Outputs, mask: Tensor, **options: Any) -> Losses:
