@@ -204,7 +204,7 @@ def broken_form(rng: random.Random, stock: Stock) -> Request:
         content_type, body = form([], [("image", "a", content_type, body)])
     else:
         body = b"--" + boundary + b"--\r\n" * rng.choice((1, 1000))
-    target = rng.choice(("/segment", "/segment", "/segment/batch"))
+    target = rng.choice(("/segment", "/segment", "/segment/batch", "/hf"))
     return Request(f"form: {name}", request_bytes("POST", f"{target}?{CHEAP}", [("Content-Type", content_type)], body))
 
 
@@ -352,7 +352,9 @@ def broken_json(rng: random.Random, stock: Stock) -> Request:
     else:
         address = rng.choice(("http://127.0.0.1/", "file:///etc/passwd", "", "http://[", "\ud800", "gopher://x"))
         body = json.dumps({"image": {"url": address}}).encode()
-    target = rng.choice(("/segment", "/segment", "/segment", "/segment/batch"))
+    target = rng.choice(("/segment", "/segment", "/hf", "/segment/batch"))
+    if target == "/hf":
+        body = body.replace(b'"image"', b'"inputs"')
     return Request(f"json: {name}", request_bytes("POST", target, [_JSON_TYPE], body))
 
 

@@ -3,11 +3,12 @@
     python -m benchmarks.soak [--minutes 30] [--url URL]
 
 A few clients send pictures of every format and of many sizes with all kinds of options, batches, requests of the Open
-Inference Protocol, and questions about the service; a tenth of the requests is malformed, and a tenth of the clients
+Inference Protocol and of Hugging Face's clients, and questions about the service; a tenth of the requests is malformed, and a tenth of the clients
 leaves before the answer. A seed decides the order. Memory is read every few seconds: the median of the last tenth of
 the time may be 5 % above that of the tenth after the warm-up, which is the first fifth.
 """
 
+import base64
 import itertools
 import json
 import random
@@ -45,6 +46,7 @@ def mixed(seed: int, stock: Stock, sizes: tuple[tuple[int, int], ...] = SIZES) -
     makers: dict[Callable[[], Request], int] = {
         lambda: _picture(rng, pictures): 50,
         lambda: _batch(rng, pictures): 8,
+        lambda: _hugging_face(rng, pictures): 5,
         lambda: _infer(rng, stock): 12,
         lambda: next(bad): 10,
         lambda: replace(_picture(rng, pictures), name="departing", due=False, leaves_after=rng.uniform(0, 0.2)): 10,
@@ -75,6 +77,16 @@ def _batch(rng: random.Random, pictures: dict[str, bytes]) -> Request:
     chosen = rng.choices(list(pictures.items()), k=rng.randrange(1, 6))
     content_type, body = form([("scales", "0.25")], [("image", name, "image/png", data) for name, data in chosen])
     return Request("batch", request_bytes("POST", "/segment/batch", [("Content-Type", content_type)], body))
+
+
+def _hugging_face(rng: random.Random, pictures: dict[str, bytes]) -> Request:
+    data = rng.choice(list(pictures.values()))
+    if rng.random() < 0.5:
+        return Request("hf", request_bytes("POST", "/hf", [("Content-Type", "image/png")], data))
+    described = {"inputs": base64.b64encode(data).decode("ascii"), "parameters": {"threshold": 0.5}}
+    return Request(
+        "hf", request_bytes("POST", "/hf", [("Content-Type", "application/json")], json.dumps(described).encode())
+    )
 
 
 def _infer(rng: random.Random, stock: Stock) -> Request:

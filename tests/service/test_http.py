@@ -215,7 +215,7 @@ def test_bad_picture(client: TestClient, png: bytes, send: str, name: str, statu
     assert_error(client.post("/segment", **body), status, code)
 
 
-@pytest.mark.parametrize("route", ["/segment", "/segment/batch"])
+@pytest.mark.parametrize("route", ["/segment", "/segment/batch", "/hf"])
 def test_a_compressed_body_is_refused_by_its_content_encoding(client: TestClient, png: bytes, route: str) -> None:
     response = client.post(route, content=gzip.compress(png), headers={"Content-Encoding": "gzip"})
     message = assert_error(response, 415, "unsupported")
@@ -284,7 +284,7 @@ def _form_of(png: bytes, preamble: bytes = b"", end: bytes = CLOSED) -> dict[str
 
 
 @pytest.mark.parametrize("end", [b"", b"\r\n", b"\r\n--b", b"\r\n--b-", b"\r\n--b\r\n", b"\r\n--b\r\nContent-Dispo"])
-@pytest.mark.parametrize("route", ["/segment", "/segment/batch"])
+@pytest.mark.parametrize("route", ["/segment", "/segment/batch", "/hf"])
 def test_a_form_without_its_end_is_cut_short(client: TestClient, png: bytes, route: str, end: bytes) -> None:
     message = assert_error(client.post(route, **_form_of(png, end=end)), 400, "invalid_body")
     assert message == "the form ends early: its closing boundary '--b--' is missing"

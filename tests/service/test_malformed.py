@@ -105,6 +105,7 @@ def test_a_number_of_hundreds_of_digits_is_not_read(client: TestClient, digits: 
     number = "7" * digits
     for path, body in (
         ("/segment", f'{{"image": "data:;base64,AAAA", "scales": [-{number}]}}'),
+        ("/hf", f'{{"inputs": "AAAA", "parameters": {{"scales": [-{number}]}}}}'),
         ("/v2/models/tiny/infer", f'{{"inputs": [{number}]}}'),
     ):
         answer = client.post(path, content=body.encode(encoding), headers={"Content-Type": "application/json"})
@@ -116,7 +117,7 @@ def test_a_number_of_hundreds_of_digits_is_not_read(client: TestClient, digits: 
 def test_only_usual_charsets_of_forms_are_read(client: TestClient, charset: str) -> None:
     body = b'--b\r\nContent-Disposition: form-data; name="image"; filename="+2AA-"\r\n\r\nx\r\n--b--\r\n'
     headers = {"Content-Type": f"multipart/form-data; boundary=b; charset={charset}"}
-    for path in ("/segment", "/segment/batch"):
+    for path in ("/segment", "/segment/batch", "/hf"):
         answer = client.post(path, content=body, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported")
 

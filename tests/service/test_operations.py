@@ -207,7 +207,7 @@ def test_a_key_guards_every_route_that_is_not_told_to_be_open(client_with: Calla
     assert [client.get(path).status_code for path in OPEN] == [200] * len(OPEN)
     documented = client.get("/openapi.json").json()["paths"]
     guarded = {path: method for path, methods in documented.items() for method in methods if path not in OPEN}
-    assert {"/segment", "/segment/batch", "/models", "/classes"} <= guarded.keys()
+    assert {"/segment", "/segment/batch", "/hf", "/models", "/classes"} <= guarded.keys()
     for path in ("/v2", "/v2/models/tiny", "/v2/models/tiny/ready", "/v2/logging", "/nowhere", "/livez/", "/docs/x"):
         guarded[path] = "get"
     assert {path: client.request(method, path).status_code for path, method in guarded.items()} == dict.fromkeys(
@@ -222,7 +222,7 @@ def test_the_docs_have_a_place_for_the_key_where_one_is_needed(client_with: Call
         assert known["paths"][path][method]["security"] == [{"HTTPBearer": []}]
         assert len(known["paths"][path][method]["tags"]) == 1, "it stands in /docs once"
     guarded = [(path, method) for path, methods in known["paths"].items() if path not in OPEN for method in methods]
-    assert len(guarded) == 4
+    assert len(guarded) == 5
     for path, method in guarded:
         assert "401" in known["paths"][path][method]["responses"], path
     assert "securitySchemes" not in client_with().get("/openapi.json").json()["components"]
