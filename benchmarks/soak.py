@@ -3,9 +3,9 @@
     python -m benchmarks.soak [--minutes 30] [--url URL]
 
 A few clients send pictures of every format and of many sizes with all kinds of options, batches, requests of the Open
-Inference Protocol and of Hugging Face's clients, and questions about the service; a tenth of the requests is malformed, and a tenth of the clients
-leaves before the answer. A seed decides the order. Memory is read every few seconds: the median of the last tenth of
-the time may be 5 % above that of the tenth after the warm-up, which is the first fifth.
+Inference Protocol and of Hugging Face's clients, and questions about the service; a tenth of the requests is malformed,
+and a tenth of the clients leaves before the answer. A seed decides the order. Memory is read every few seconds: the
+median of the last tenth of the time may be 5 % above that of the tenth after the warm-up, which is the first fifth.
 """
 
 import base64
