@@ -8,7 +8,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import cast
 
@@ -128,6 +129,22 @@ class Server(uvicorn.Server):
             _log.error("model %s is not loaded anew, the old one stays: %s", name, error)
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM end the process at once, with exit code 0.
+
+    The threads that load cannot be stopped, and under them the interpreter would abort. An exception in the main thread
+    might come out of the midst of Python's own locks, as while it starts a thread.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: os._exit(0)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], None]) -> None:
     """Serve until told to stop; `ready` is called once requests are answered.
 
@@ -139,10 +156,8 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
     allocator.return_large_blocks()
     connections.raise_descriptor_limit()
     models = Models(settings)
-    try:
+    with ended_by_signals():
         models.start()
-    except (KeyboardInterrupt, SystemExit):
-        os._exit(0)  # the threads that load cannot be stopped, and under them the interpreter would abort
     app = create_app(models=models)
     config = uvicorn.Config(
         app,
@@ -163,6 +178,6 @@ def run(settings: Settings, listener: socket.socket, ready: Callable[[Models], N
     finally:
         models.close()
         if any(thread.name == THREAD_NAME for thread in threading.enumerate()):
-            os._exit(DIED if server.died else 0)  # as above: one that loads or hangs
+            os._exit(DIED if server.died else 0)  # one that loads or hangs: see ended_by_signals
     if server.died:
         raise SystemExit(DIED)

@@ -353,6 +353,32 @@ def test_a_stop_while_the_model_loads_is_no_crash(number: signal.Signals, model_
     assert process.returncode == 0
 
 
+IN_A_LOCK = """
+import os, time
+from service import device
+
+def wait(self):
+    os.write(1, b"waiting\\n")
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+
+device.Device.wait_until_started = wait
+"""
+
+
+def test_a_stop_while_the_model_loads_needs_no_exception(model_file: Path) -> None:
+    """One that came while Python started a thread left a lock in disorder, and a traceback."""
+    process = started("-c", IN_A_LOCK + LOADS_FOR_EVER, "serve", "--port", "0", "--model", str(model_file))
+    assert process.stdout
+    assert {process.stdout.readline() for _ in range(2)} == {"loading\n", "waiting\n"}
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=WAIT) == ("", None)
+    assert process.returncode == 0
+
+
 LOADS_FOR_EVER_AGAIN = """
 from service import cli, models
 from service.engine import Engine
