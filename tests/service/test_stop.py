@@ -354,11 +354,11 @@ def test_a_stop_while_the_model_loads_is_no_crash(number: signal.Signals, model_
 
 
 IN_A_LOCK = """
-import os, time
+import time
 from service import device
 
 def wait(self):
-    os.write(1, b"waiting\\n")
+    print("waiting", flush=True)
     while True:
         try:
             time.sleep(60)
@@ -373,7 +373,9 @@ def test_a_stop_while_the_model_loads_needs_no_exception(model_file: Path) -> No
     """One that came while Python started a thread left a lock in disorder, and a traceback."""
     process = started("-c", IN_A_LOCK + LOADS_FOR_EVER, "serve", "--port", "0", "--model", str(model_file))
     assert process.stdout
-    assert {process.stdout.readline() for _ in range(2)} == {"loading\n", "waiting\n"}
+    told = process.stdout.readline() + process.stdout.readline()  # by two threads, perhaps into each other's lines
+    assert "loading" in told
+    assert "waiting" in told
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=WAIT) == ("", None)
     assert process.returncode == 0
