@@ -116,7 +116,8 @@ class Device:
 
     def wait_until_started(self) -> None:
         """Block until the first load has ended. Raises what it raised."""
-        self._settled.wait()
+        while not self._settled.wait(1):  # a signal that came just before a wait is heeded after it
+            pass
         if self.state == "failed":
             assert self._failure is not None
             raise self._failure
