@@ -19,6 +19,7 @@ from service.metrics import Metrics
 from service.models import Models
 from service.options import Options, parse_options
 from service.render import class_png
+from service.segment_openapi import request_body
 from service.segment_routes import Labelled, check_not_compressed, count_phases, label
 from service.settings import Settings
 from service.upload import Pairs, read_upload, with_inputs
@@ -37,16 +38,28 @@ The options of `/segment` but `format` and `dry_run` go in the query or in `para
 _ELSEWHERE = ("format", "dry_run")  # options of /segment alone
 _OF_INSTANCES = ("mask_threshold", "overlap_mask_area_threshold")
 _FORMAT = "hf"
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BODY = {
+    "application/json": {
+        "schema": {
+            "type": "object",
+            "properties": {
+                "inputs": {"type": "string", "format": "byte", "description": "The picture file in base64."},
+                "parameters": {"type": "object", "description": "Options, in place of the query or beside it."},
+            },
+            "required": ["inputs"],
+        }
+    },
+    "image/jpeg": _BINARY,
+    "image/png": _BINARY,
+}
 
 
 def hugging_face_router(models: Models, metrics: Metrics) -> APIRouter:
     """The route, over these models."""
     router = APIRouter(tags=["segmentation"])
     settings = models.settings
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    parameters = {"type": "object", "properties": {"threshold": {"type": "number", "minimum": 0, "maximum": 1}}}
-    inputs = {"type": "string", "format": "byte", "description": "The picture file in base64."}
-    described = {"type": "object", "properties": {"inputs": inputs, "parameters": parameters}, "required": ["inputs"]}
+    described = request_body(several=False)["parameters"]
 
     @router.post(
         "/hf",
@@ -55,10 +68,8 @@ def hugging_face_router(models: Models, metrics: Metrics) -> APIRouter:
         response_model=list[Segment],
         responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 415, 422, 429, 503, 504)},
         openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": described}, "image/jpeg": binary, "image/png": binary},
-            }
+            "parameters": [option for option in described if option["name"] not in _ELSEWHERE],
+            "requestBody": {"required": True, "content": _BODY},
         },
     )
     async def image_segmentation(request: Request) -> Response:

@@ -134,6 +134,12 @@ def test_what_is_wrong_is_said(client: TestClient, members: dict[str, Any], code
     assert sentence in error["message"]
 
 
+def test_the_description_has_every_option(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    of_hf, of_segment = ({one["name"] for one in paths[path]["post"]["parameters"]} for path in ("/hf", "/segment"))
+    assert of_hf == of_segment - {"format", "dry_run"}
+
+
 def test_the_base64_is_walked_once(quadrants: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     walked = []
     load = upload.load_json
