@@ -316,17 +316,33 @@ def test_a_supervisor_gives_up_on_a_server_that_dies_at_once(end: str, told: str
     assert f"died {QUICK_DEATHS} times in a row ({told}" in done.stderr
 
 
-def started(*words: str) -> "subprocess.Popen[str]":
-    """A Python process that heeds Ctrl-C; its stdout and stderr are one."""
-    return subprocess.Popen(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env={**os.environ, "ENCNET_LOG_LEVEL": "error"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=heed_ctrl_c,
-    )
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def started() -> Iterator[Start]:
+    """A function that starts a Python process, which heeds Ctrl-C; its stdout and stderr are one."""
+    processes = []
+
+    def start(*words: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env={**os.environ, "ENCNET_LOG_LEVEL": "error"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=heed_ctrl_c,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:  # one that a failed test left would load for ever
+        process.kill()
+        process.wait()
+        assert process.stdout
+        process.stdout.close()
 
 
 LOADS_FOR_EVER = """
@@ -344,7 +360,7 @@ cli.main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_while_the_model_loads_is_no_crash(number: signal.Signals, model_file: Path) -> None:
+def test_a_stop_while_the_model_loads_is_no_crash(number: signal.Signals, model_file: Path, started: Start) -> None:
     process = started("-c", LOADS_FOR_EVER, "serve", "--port", "0", "--model", str(model_file))
     assert process.stdout
     assert process.stdout.readline() == "loading\n"
@@ -361,7 +377,7 @@ def wait(self):
     print("waiting", flush=True)
     while True:
         try:
-            time.sleep(60)
+            time.sleep(0.1)
         except BaseException:
             pass
 
@@ -369,7 +385,7 @@ device.Device.wait_until_started = wait
 """
 
 
-def test_a_stop_while_the_model_loads_needs_no_exception(model_file: Path) -> None:
+def test_a_stop_while_the_model_loads_needs_no_exception(model_file: Path, started: Start) -> None:
     """One that came while Python started a thread left a lock in disorder, and a traceback."""
     process = started("-c", IN_A_LOCK + LOADS_FOR_EVER, "serve", "--port", "0", "--model", str(model_file))
     assert process.stdout
@@ -455,7 +471,8 @@ import runpy, sys, time, types
 class Slow(types.ModuleType):
     def __getattr__(self, name):
         print("importing", flush=True)
-        time.sleep(600)
+        while True:  # a signal in the moment before a sleep is heeded after it
+            time.sleep(0.1)
 
 sys.modules["service.cli"] = Slow("service.cli")
 runpy.run_module("service", run_name="__main__")
@@ -463,7 +480,7 @@ runpy.run_module("service", run_name="__main__")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_is_obeyed_before_the_imports_are_done(number: int, code: int) -> None:
+def test_a_stop_is_obeyed_before_the_imports_are_done(number: int, code: int, started: Start) -> None:
     """A container's first process would otherwise not be ended by SIGTERM, and Ctrl-C print a traceback."""
     process = started("-c", IMPORTS_SLOWLY)
     assert process.stdout
